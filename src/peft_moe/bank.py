@@ -1,0 +1,91 @@
+"""A bank of LoRA experts.
+
+Shapes: ... any leading axes · E experts · r_i rank of expert i · R = sum of r_i
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+class ExpertBank(nn.Module):
+    """E LoRA experts stored as one LoRA of rank R: `B · (s ⊙ (A · dropout(x)))`, with s the experts' weights times `scaling`.
+
+    The rows of `lora_A.weight` (R, in) and the columns of `lora_B.weight` (out, R) belong to expert 0, then expert 1, and so on.
+
+    Args:
+        in_features, out_features: sizes of the linear layer that the bank extends.
+        ranks: rank of each expert.
+        scaling: factor on the whole bank (alpha over rank).
+        dropout: probability of dropping an element of x, applied once for all experts.
+    """
+
+    expert_of_rank: torch.Tensor | None
+
+    def __init__(
+        self, *, in_features: int, out_features: int, ranks: Sequence[int], scaling: float, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.ranks = tuple(ranks)
+        self.scaling = scaling
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.lora_A = nn.Linear(in_features, sum(ranks), bias=False)
+        self.lora_B = nn.Linear(sum(ranks), out_features, bias=False)
+        mixed = len(set(ranks)) > 1
+        index = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)) if mixed else None
+        self.register_buffer("expert_of_rank", index, persistent=False)
+
+    @torch.no_grad()
+    def reset_parameters(self, init: bool | str) -> None:
+        """Draw new weights: B is zero, so that the bank adds nothing, unless `init` is False.
+
+        Args:
+            init: `"normal"` A ~ N(0, 0.01²); `"kaiming"` A as in peft's LoRA; `"gaussian"` A ~ N(0, 1/r_i²), peft's word;
+                False: A and B kaiming uniform, a bank that does change the output (for tests).
+        """
+        if init == "normal":
+            nn.init.normal_(self.lora_A.weight, std=0.01)
+        elif init == "gaussian":
+            for rows in self.lora_A.weight.split(self.ranks):
+                nn.init.normal_(rows, std=1 / len(rows))
+        else:
+            nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        if init is False:
+            nn.init.kaiming_uniform_(self.lora_B.weight, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Add up the experts' outputs.
+
+        Args:
+            x: (..., in).
+            weights: (..., E), leading axes broadcast against those of x; None for 1 everywhere (a bank of one).
+
+        Returns:
+            (..., out)
+        """
+        h = self.lora_A(self.dropout(x))  # (..., R)
+        return self.lora_B(self._weigh(h, weights))  # weighed in rank space: one product out, not E
+
+    def _weigh(self, h: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        """h (..., R) times the scaled weight of the expert that each rank belongs to."""
+        if weights is None:
+            return h * self.scaling
+        weights = (weights * self.scaling).to(h.dtype)
+        if self.expert_of_rank is not None:
+            return h * weights.index_select(-1, self.expert_of_rank)
+        return (h.unflatten(-1, (len(self.ranks), -1)) * weights.unsqueeze(-1)).flatten(-2)
+
+    def folded(self, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The bank under fixed weights (E,) as one LoRA of rank R and scaling 1: A (R, in), B (out, R)."""
+        return self.lora_A.weight, self._weigh(self.lora_B.weight, weights)
+
+    def delta_weight(self, weights: torch.Tensor | None) -> torch.Tensor:
+        """What the bank adds to the base weight (out, in) under fixed weights (E,)."""
+        a, b = self.folded(weights)
+        return b @ a

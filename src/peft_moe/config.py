@@ -1,0 +1,145 @@
+"""What all expert configs share: the LoRA fields that have a meaning with experts, and the expert fields."""
+
+from __future__ import annotations
+
+import enum
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from peft import PeftConfig
+from peft.utils.other import get_pattern_key
+
+
+class PeftMoeType(str, enum.Enum):
+    """Values of `peft_type`. Members compare and hash like the strings that stand in `adapter_config.json`."""
+
+    MOELORA = "MOELORA"
+
+
+class Experts(NamedTuple):
+    """The experts of one layer: the rank of each and the factor on all of them."""
+
+    ranks: tuple[int, ...]
+    scaling: float
+
+
+INITS = (True, False, "normal", "kaiming", "gaussian")
+
+
+@dataclass
+class MoeConfig(PeftConfig):
+    """Fields shared by the configs of this package; use one of its subclasses.
+
+    Args:
+        target_modules: names of the linear modules to extend: a list of name endings, a regex for whole names, or
+            `"all-linear"`. None is `"all-linear"` on transformers models.
+        exclude_modules: modules to leave alone, as a list of name endings or a regex.
+        layers_to_transform: layer indices to extend, with `target_modules` given as a list; None for all layers.
+        layers_pattern: name of the list of layers, where `layers_to_transform` needs it.
+        lora_alpha: numerator of the scaling.
+        lora_dropout: probability of dropping an element of an adapter's input, drawn once for all experts of a layer.
+        rank_pattern: module name or regex to rank, where it differs from `r`.
+        alpha_pattern: module name or regex to alpha, where it differs from `lora_alpha`.
+        use_rslora: divide alpha by the square root of the rank (arXiv 2312.03732), not by the rank.
+        init_lora_weights: True for the method's own; `"normal"` A ~ N(0, 0.01²); `"kaiming"` A as in peft's LoRA;
+            `"gaussian"` A ~ N(0, 1/r²) per expert; B is zero in all of these. False draws B too, so that a new adapter
+            changes the output (for tests).
+        num_experts: experts per layer; 1 is a plain LoRA with no gate.
+        num_experts_pattern: module name or regex to number of experts, where it differs from `num_experts`.
+        modules_to_save: modules to train and save whole, such as a new classification head.
+        trainable_token_indices: token ids whose embeddings are trained.
+        fan_in_fan_out: the base weight is stored (in, out); set by itself for GPT-2's `Conv1D`.
+        bias: only `"none"`: a bias cannot be given to one expert, nor be folded per task.
+
+    Raises:
+        ValueError: a value out of range or fields that contradict each other; the message has the value, the rule and a remedy.
+    """
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    init_lora_weights: bool | Literal["normal", "kaiming", "gaussian"] = True
+    num_experts: int = 8
+    num_experts_pattern: dict[str, int] = field(default_factory=dict)
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    fan_in_fan_out: bool = False
+    bias: Literal["none"] = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        self.num_experts_pattern = self.num_experts_pattern or {}
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as peft keeps it
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self._check_targets()
+        self._check_numbers()
+
+    def _check_targets(self) -> None:
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} selects among listed modules, and target_modules="
+                        f"{self.target_modules!r} is a string; give target_modules as a list, or put the layers into the regex."
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} names the list that layers_to_transform indexes, and that is None; "
+                "give layers_to_transform too, or neither."
+            )
+
+    def _check_numbers(self) -> None:
+        for name, value in [("num_experts", self.num_experts), *self.num_experts_pattern.items()]:
+            check_count(name, value, "a number of experts")
+        for name, value in self.rank_pattern.items():
+            check_count(f"rank_pattern[{name!r}]", value, "a rank")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout} is a probability; give a number from 0 up to, not including, 1.")
+        for name, value in [("lora_alpha", self.lora_alpha), *self.alpha_pattern.items()]:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"{name}={value!r} scales the adapter; give a number above 0.")
+        if not any(self.init_lora_weights is i or self.init_lora_weights == i for i in INITS):
+            raise ValueError(f"init_lora_weights={self.init_lora_weights!r} is not known; use one of {INITS}.")
+        if self.bias != "none":
+            raise ValueError(f"bias={self.bias!r}: biases cannot be given to one expert or one task; use bias='none'.")
+
+    def experts_at(self, key: str) -> Experts:
+        """The experts of the module at `key`, after patterns.
+
+        Raises:
+            ValueError: rank and number of experts of that module do not fit.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how its experts are made; use one of its subclasses.")
+
+    def _scaling(self, key: str, rank: int) -> float:
+        alpha = self.at(self.alpha_pattern, key, self.lora_alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    @staticmethod
+    def at(pattern: dict[str, float], key: str, default: float) -> float:
+        """The value of a `*_pattern` field for the module at `key`, matched as peft matches its own."""
+        return pattern.get(get_pattern_key(pattern.keys(), key), default)
+
+
+def check_count(name: str, value: object, what: str) -> None:
+    """Raise a ValueError unless `value` is a whole number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} is {what}; give a whole number from 1 up.")
+
+
+def warn_unmatched(pattern: dict[str, int], keys: list[str]) -> None:
+    """Warn of `num_experts_pattern` keys that no targeted module has, as peft does for `rank_pattern`."""
+    unmatched = [p for p in pattern if not any(get_pattern_key([p], key) == p for key in keys)]
+    if unmatched:
+        warnings.warn(f"num_experts_pattern keys {unmatched} match no targeted module and have no effect.", RuntimeWarning)

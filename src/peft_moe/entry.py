@@ -1,0 +1,118 @@
+"""Where task ids enter a model: the border with peft's and transformers' calls.
+
+peft's `PeftModelFor*.forward` have a `task_ids` argument of their own and pass it on for one other method only; transformers'
+`generate` refuses arguments it does not know, and its Trainer drops columns that the base model's forward does not name. So
+the instances (not the classes) get a `forward`, and the base model a `generate`, that take `task_ids` and hand on the rest.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .routing import RoutingContext
+
+if TYPE_CHECKING:
+    from .tuner import MoeTuner
+
+INPUTS = ("input_ids", "inputs", "inputs_embeds", "pixel_values", "input_features", "input_values")
+
+
+class TaskIdsEntry:
+    """Stands in for a method of one model: gives `task_ids` to the tuner's context for the span of the call.
+
+    Args:
+        owner: the model.
+        method: name of its method.
+        tuner: whose context is told.
+    """
+
+    def __init__(self, owner: nn.Module, method: str, tuner: MoeTuner) -> None:
+        self.owner, self.method, self.tuner = owner, method, tuner
+        # Somebody else's replacement, such as accelerate's hooks, or the entry of a tuner further in.
+        self.replaced = owner.__dict__.get(method)
+
+    @classmethod
+    def install(cls, owner: nn.Module, method: str, tuner: MoeTuner) -> None:
+        """Put an entry before `owner.method`, once."""
+        there = owner.__dict__.get(method)
+        if not (isinstance(there, cls) and there.tuner is tuner):
+            setattr(owner, method, cls(owner, method, tuner))
+
+    @classmethod
+    def remove(cls, owner: nn.Module, method: str) -> None:
+        """Take the entry away again."""
+        there = owner.__dict__.get(method)
+        if isinstance(there, cls):
+            delattr(owner, method)
+            if there.replaced is not None:
+                setattr(owner, method, there.replaced)
+
+    def __call__(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+        if isinstance(self.replaced, TaskIdsEntry):
+            kwargs["task_ids"] = task_ids
+        batch_size, device = _rows(self.owner, args, kwargs)
+        context = self.tuner.context
+        training = self.owner.training and torch.is_grad_enabled()
+        if training and self.method == "forward":
+            keep_ids_through_checkpointing(self.owner, context)
+        with context.call(
+            task_ids, adapters=self.tuner.active_adapters, batch_size=batch_size, device=device, training=training
+        ):
+            if self.replaced is not None:
+                return self.replaced(*args, **kwargs)
+            return getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The method's own signature and `task_ids`, so that Trainer keeps a column of that name."""
+        method = self.replaced or getattr(type(self.owner), self.method).__get__(self.owner)
+        signature = inspect.signature(method)
+        if "task_ids" in signature.parameters:
+            return signature
+        *others, last = [*signature.parameters.values()] or [None]
+        added = inspect.Parameter("task_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
+        last_two = [added, last] if last is not None and last.kind is last.VAR_KEYWORD else [last, added]
+        return signature.replace(parameters=[p for p in (*others, *last_two) if p is not None])
+
+
+class Recomputation:
+    """Stands before a module's checkpoint function: what it runs again in backward runs with the ids of its own forward."""
+
+    def __init__(self, checkpoint: Callable[..., Any], context: RoutingContext) -> None:
+        self.checkpoint, self.context = checkpoint, context
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = self.context.current
+        if call is None or torch.compiler.is_compiling():  # a compiled graph recomputes itself, from its own inputs
+            return self.checkpoint(function, *args, **kwargs)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self.context.replay(call):
+                return function(*args, **kwargs)
+
+        return self.checkpoint(run, *args, **kwargs)
+
+
+def keep_ids_through_checkpointing(model: nn.Module, context: RoutingContext) -> None:
+    """Wrap the checkpoint functions that transformers' `gradient_checkpointing_enable` has put on modules."""
+    if torch.compiler.is_compiling():
+        return
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+            if checkpoint is not None and not (isinstance(checkpoint, Recomputation) and checkpoint.context is context):
+                module._gradient_checkpointing_func = Recomputation(checkpoint, context)
+
+
+def _rows(owner: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int | None, torch.device | None]:
+    """Rows and device of the batch, as far as the arguments show them."""
+    named = [kwargs.get(name) for name in (getattr(owner, "main_input_name", INPUTS[0]), *INPUTS)]
+    for value in (*named, *args[:1]):
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            return value.shape[0], value.device
+    return None, None

@@ -1,0 +1,177 @@
+"""The one layer: a linear base layer with a bank of experts and a router beside it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from .bank import ExpertBank
+from .routing import Router, RoutingContext
+
+
+class MoeLinear(nn.Module, BaseTunerLayer):
+    """`base_layer(x) + bank(x, router(x))`, per adapter.
+
+    Args:
+        base_layer: `nn.Linear`, GPT-2's `Conv1D`, or a quantised or other layer with `in_features` and `out_features`.
+        context: where the tuner leaves what a call was told.
+        fan_in_fan_out: the base weight is stored (in, out).
+    """
+
+    adapter_layer_names = ("moelora_bank", "moelora_router")
+    other_param_names = ("shared_routers",)
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        *,
+        context: RoutingContext,
+        fan_in_fan_out: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.context = context
+        self.fan_in_fan_out = fan_in_fan_out
+        self.moelora_bank = nn.ModuleDict()
+        self.moelora_router = nn.ModuleDict()
+        self.shared_routers: dict[str, Router] = {}  # registered on the tuner, so not here: a parameter has one name
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
+        self.cast_input_dtype_enabled = True
+        self.merged_adapters: list[str] = []
+        self._merged_weights: dict[str, torch.Tensor | None] = {}  # what to take out again, whatever was trained meanwhile
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = adapter_name
+
+    def update_layer(self, adapter_name: str, *, bank: ExpertBank, router: Router | None, shared: bool) -> None:
+        """Add an adapter. A shared router is held by reference; no router is a plain LoRA."""
+        self.moelora_bank[adapter_name] = bank
+        if router is not None:
+            (self.shared_routers if shared else self.moelora_router)[adapter_name] = router  # type: ignore[index]
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        dtype = result.dtype
+        for adapter in self.active_adapters:
+            if adapter in self.moelora_bank:
+                bank = self.moelora_bank[adapter]
+                x = self._cast_input_dtype(x, bank.lora_A.weight.dtype)
+                result = result + bank(x, self._weights(adapter, x))
+        return result.to(dtype)
+
+    def router_of(self, adapter_name: str) -> Router | None:
+        """The router of an adapter, its own or the shared one; None for a bank of one."""
+        if adapter_name in self.moelora_router:
+            return self.moelora_router[adapter_name]
+        return self.shared_routers.get(adapter_name)
+
+    def _weights(self, adapter: str, x: torch.Tensor) -> torch.Tensor | None:
+        router = self.router_of(adapter)
+        return None if router is None else router(x, self.context.ids(adapter, x.device))
+
+    def _merge_weights(self, adapter: str) -> torch.Tensor | None:
+        """Weights (E,) of the chosen task."""
+        router = self.router_of(adapter)
+        return None if router is None else router.of_tasks(self.context.one_task(adapter))[0]
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """What an adapter adds to the base weight for the chosen task, in the shape of the base weight.
+
+        Raises:
+            ValueError: the adapter is routed and no task was chosen.
+        """
+        return self._delta_weight(adapter_name, self._merge_weights(adapter_name))
+
+    @torch.no_grad()
+    def _delta_weight(self, adapter: str, weights: torch.Tensor | None) -> torch.Tensor:
+        bank = self.moelora_bank[adapter]
+        if weights is not None:
+            weights = weights.to(bank.lora_A.weight.device)
+        a, b = bank.folded(weights)
+        # Half precision products are slow on some CPUs and round twice; peft's LoRA widens them too.
+        delta = (b.float() @ a.float()).to(b.dtype) if b.dtype in (torch.float16, torch.bfloat16) else b @ a
+        return delta.T if self.fan_in_fan_out else delta
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the base weight, for the task that was chosen with `set_task`, `task` or `default_task`.
+
+        Raises:
+            ValueError: no task was chosen; with `safe_merge`, also a merged weight that is not finite. The weight is then as before.
+        """
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter not in self.moelora_bank:
+                continue
+            weights = self._merge_weights(adapter)
+            self._add_to_base(self._delta_weight(adapter, weights), adapter if safe_merge else None)
+            self.merged_adapters.append(adapter)
+            self._merged_weights[adapter] = weights
+            if weights is not None:
+                self.context.merged[adapter] = self.context.one_task(adapter)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take merged adapters out of the base weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        while self.merged_adapters:
+            adapter = self.merged_adapters.pop()
+            self._add_to_base(-self._delta_weight(adapter, self._merged_weights.pop(adapter)))
+            self.context.merged.pop(adapter, None)
+
+    def _add_to_base(self, delta: torch.Tensor, check_for: str | None = None) -> None:
+        if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
+            raise ValueError(
+                f"Weights quantised by {self.quantization_backend.backend_name} cannot be merged into; fold the adapter into a "
+                "stock LoRA instead (peft_moe.fold)."
+            )
+        if type(self.get_base_layer().weight).__module__.startswith("optimum.quanto"):
+            raise ValueError("Merging into weights quantised by quanto goes wrong; fold the adapter instead (peft_moe.fold).")
+        weight = self.get_base_weight()
+        merged = weight + delta.to(device=weight.device, dtype=weight.dtype)
+        if check_for is not None and not torch.isfinite(merged).all():
+            raise ValueError(f"Merging adapter {check_for!r} gives weights that are not finite; the adapter seems to be broken.")
+        self.set_base_weight(merged)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+    def __repr__(self) -> str:
+        return "peft_moe." + super().__repr__()
+
+
+def check_base_layer(module: nn.Module, key: str) -> None:
+    """Raise a ValueError unless `MoeLinear` can extend the module."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(base, NonDynamicallyQuantizableLinear):
+        raise ValueError(
+            f"Target module {key!r} belongs to torch.nn.MultiheadAttention, which reads its weight and never calls it, so that an "
+            "adapter would have no effect; leave it out of target_modules or name it in exclude_modules."
+        )
+    linear = isinstance(base, (nn.Linear, Conv1D)) or resolve_quantization_backend(base) is not None
+    if not linear and not (hasattr(base, "in_features") and hasattr(base, "out_features")):
+        raise ValueError(
+            f"Target module {key!r} is a {type(base).__name__}, which is not supported: experts extend linear layers (torch.nn.Linear, "
+            "transformers' Conv1D, quantised ones); leave it out of target_modules or name it in exclude_modules."
+        )

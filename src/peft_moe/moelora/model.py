@@ -1,0 +1,109 @@
+"""The MOELoRA tuner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import nn
+
+from ..routing import Router, TaskGate, softmax
+from ..routing.tasks import Task
+from ..tuner import MoeTuner
+from .config import MoeLoraConfig
+
+
+class MoeLoraModel(MoeTuner):
+    """Extends the linear layers of a model with LoRA experts that are weighed by the task (arXiv 2310.18339).
+
+    Made by `get_peft_model(model, MoeLoraConfig(...))`; its methods can be called on the `PeftModel`.
+    """
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        self.context.know(adapter_name, config.task_names, config.default_task)
+
+    def build_router(self, config: MoeLoraConfig, adapter_name: str, num_experts: int) -> tuple[Router | None, bool]:
+        if num_experts == 1:
+            return None, False
+        if config.gate_scope == "layer":
+            return new_router(config, num_experts), False
+        if adapter_name not in self.moelora_router:
+            self.moelora_router[adapter_name] = nn.ModuleDict()
+        shared = self.moelora_router[adapter_name]
+        if str(num_experts) not in shared:
+            shared[str(num_experts)] = new_router(config, num_experts)
+        return shared[str(num_experts)], True
+
+    @staticmethod
+    def initialisation(config: MoeLoraConfig) -> bool | str:
+        return "normal" if config.init_lora_weights is True else config.init_lora_weights  # as the authors' code
+
+    def set_task(self, task: Task | Sequence[Task] | None) -> None:
+        """Choose the task of all later calls that bring no `task_ids`; None takes the choice back.
+
+        Args:
+            task: a name or id; or several, for the mean of their embeddings.
+
+        Raises:
+            ValueError: unknown task.
+        """
+        self.context.choose(task, self.active_adapters)
+
+    @contextmanager
+    def task(self, task: Task | Sequence[Task]) -> Iterator[None]:
+        """Choose the task of the calls in a `with` block; takes what `set_task` takes."""
+        with self.context.chosen(task, self.active_adapters):
+            yield
+
+    def merge_adapter(
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        task: Task | Sequence[Task] | None = None,
+    ) -> None:
+        """Add adapters to the base weights, exactly, for one task.
+
+        Args:
+            adapter_names, safe_merge: as in peft.
+            task: the task; None for the one chosen with `set_task` or `default_task`.
+
+        Raises:
+            ValueError: no task was chosen, or an unknown one; nothing is merged then.
+        """
+        with self._for_one_task(task, adapter_names):
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        task: Task | Sequence[Task] | None = None,
+    ) -> nn.Module:
+        """The base model with adapters merged in, exactly, for one task; arguments as in `merge_adapter`."""
+        with self._for_one_task(task, adapter_names):
+            return super().merge_and_unload(progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
+
+    @contextmanager
+    def _for_one_task(self, task: Task | Sequence[Task] | None, adapter_names: list[str] | None) -> Iterator[None]:
+        """Choose a task for work on the weights, after checking that every routed adapter has one."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        with self.context.chosen(task, names) if task is not None else nullcontext():
+            for name in names:
+                if name in self.peft_config and self._is_routed(name):
+                    self.context.one_task(name)
+            yield
+
+    def _is_routed(self, adapter_name: str) -> bool:
+        layers = (m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls))
+        return any(layer.router_of(adapter_name) is not None for layer in layers)
+
+
+def new_router(config: MoeLoraConfig, num_experts: int) -> Router:
+    gate = TaskGate(
+        num_tasks=len(config.task_names), num_experts=num_experts, embedding_dim=config.task_embedding_dim
+    )
+    return Router(gate=gate, select=softmax)

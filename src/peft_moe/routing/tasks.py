@@ -1,0 +1,90 @@
+"""Task ids in every form that users give them, to one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+
+Task: TypeAlias = "int | str"
+TaskIds: TypeAlias = "Task | Sequence[Task | Sequence[Task]] | torch.Tensor"
+
+
+def list_tasks(names: Sequence[str]) -> str:
+    """The tasks as an error message shows them: `'icd' (0), 'rad' (1)`, shortened when there are many."""
+    shown = [f"{name!r} ({i})" for i, name in enumerate(names[:20])]
+    return ", ".join(shown) + (f", … ({len(names)} in all)" if len(names) > 20 else "")
+
+
+def task_index(task: Task, names: Sequence[str]) -> int:
+    """The position of a task, given by name or position.
+
+    Raises:
+        ValueError: no such task; the message lists those there are.
+        TypeError: neither a name nor a position.
+    """
+    if isinstance(task, str):
+        if task in names:
+            return names.index(task)
+    elif isinstance(task, int) and not isinstance(task, bool):
+        if 0 <= task < len(names):
+            return task
+    elif hasattr(task, "item"):  # a numpy integer or a tensor of one element
+        return task_index(task.item(), names)
+    else:
+        raise TypeError(f"{task!r} is no task id; give a name or a position, or a list with one of them per row.")
+    raise ValueError(f"Unknown task {task!r}; this adapter knows {list_tasks(names)}.")
+
+
+def encode_tasks(tasks: TaskIds, names: Sequence[str]) -> torch.Tensor:
+    """Task ids as a LongTensor (n,), or (n, k) padded with -1 where rows have several tasks.
+
+    Args:
+        tasks: one task for all rows; or one per row; or a list of tasks per row; or a tensor: integers () or (n,), integers
+            (n, k) padded with -1, or bool (n, T), true for the tasks of the row.
+        names: the tasks that the adapter knows.
+
+    Raises:
+        ValueError: an unknown task, a row without one, an empty list.
+        TypeError: not a task id.
+    """
+    if isinstance(tasks, torch.Tensor):
+        return _check_tensor(tasks, names)
+    if isinstance(tasks, str) or not hasattr(tasks, "__iter__"):
+        return torch.tensor([task_index(tasks, names)])  # type: ignore[arg-type]  # a single task
+    rows = [[task_index(t, names) for t in _as_row(row)] for row in tasks]
+    if not rows or not all(rows):
+        raise ValueError(f"task_ids={tasks!r} leaves a row without a task; give at least one of {list_tasks(names)}.")
+    if all(len(row) == 1 for row in rows):
+        return torch.tensor([row[0] for row in rows])
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1)
+
+
+def _as_row(row: Task | Sequence[Task]) -> Sequence[Task]:
+    several = hasattr(row, "__iter__") and not isinstance(row, str) and getattr(row, "ndim", 1)
+    return row if several else [row]  # type: ignore[return-value, list-item]
+
+
+def _check_tensor(tasks: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+    """A tensor of ids in canonical form; values are only looked at where that costs no wait for a device."""
+    if tasks.dim() > 2 or tasks.is_floating_point() or tasks.is_complex() or tasks.numel() == 0:
+        raise ValueError(
+            f"task_ids of shape {tuple(tasks.shape)} and {tasks.dtype}; give integers () or (batch,), integers (batch, k) "
+            f"padded with -1, or bool (batch, {len(names)})."
+        )
+    if tasks.dtype == torch.bool:
+        tasks = _multi_hot_to_ids(tasks, names)
+    tasks = tasks.long().reshape(-1, *tasks.shape[1:])
+    if tasks.device.type == "cpu" and not torch.compiler.is_compiling():
+        lowest = tasks.amin() if tasks.dim() == 1 else tasks.amax(1).amin()
+        if lowest < 0 or tasks.amax() >= len(names) or tasks.amin() < -1:
+            raise ValueError(f"task_ids={tasks.tolist()} is out of range; this adapter knows {list_tasks(names)}.")
+    return tasks
+
+
+def _multi_hot_to_ids(given: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+    """bool (n, T) to ids (n, T) with -1 for the tasks that a row does not have."""
+    if given.dim() != 2 or given.shape[1] != len(names):
+        raise ValueError(f"bool task_ids of shape {tuple(given.shape)}; a multi-hot needs (batch, {len(names)}).")
+    return torch.where(given, torch.arange(len(names), device=given.device), -1)

@@ -1,0 +1,228 @@
+"""The one tuner: puts `MoeLinear` layers into a model and hands them what a call was told."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import get_quantization_kwargs
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers.pytorch_utils import Conv1D
+
+from .bank import ExpertBank
+from .config import MoeConfig, warn_unmatched
+from .entry import TaskIdsEntry
+from .layer import MoeLinear, check_base_layer
+from .routing import Router, RoutingContext
+
+# Names in our own state-dict keys: an adapter called so would be taken for one of them when another adapter is saved.
+RESERVED = {"gate", "embedding", "proj", "lora_A", "lora_B", "weight"}
+# Their output projection hands its weight to a fused kernel and is never called.
+MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+
+
+class MoeTuner(BaseTuner):
+    """What all methods share; a method adds `build_router`.
+
+    Args:
+        model: the model to extend.
+        config: its config, or a dict of them by adapter name.
+        adapter_name: name of the first adapter.
+    """
+
+    # The one prefix of all our types, since they share the layer; long enough to occur in no base model's module names.
+    prefix = "moelora_"
+    tuner_layer_cls = MoeLinear
+    uses_shared_state = True
+    target_module_mapping: dict[str, list[str]] = {}
+    context: RoutingContext
+
+    @abstractmethod
+    def build_router(self, config: MoeConfig, adapter_name: str, num_experts: int) -> tuple[Router | None, bool]:
+        """The router of a layer, and whether it is one that the tuner shares among layers; None for a single expert."""
+
+    # -- putting layers in --------------------------------------------------------------------------------------------
+
+    def _pre_injection_hook(self, model: nn.Module, config: MoeConfig, adapter_name: str) -> None:
+        self.context = RoutingContext()
+        self.moelora_router = nn.ModuleDict()  # adapter -> number of experts -> Router
+
+    def _post_injection_hook(self, model: nn.Module, config: MoeConfig, adapter_name: str) -> None:
+        for method in ("forward", "generate"):
+            if callable(getattr(model, method, None)):
+                TaskIdsEntry.install(model, method, self)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if adapter_name in RESERVED or adapter_name.isdigit():
+            raise ValueError(
+                f"adapter_name={adapter_name!r} is a name inside this adapter's own state dict; use another than {sorted(RESERVED)} "
+                "or a number."
+            )
+        others = [(p, p.requires_grad) for p in self.moelora_router.parameters()]
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for parameter, requires_grad in others:  # a new adapter leaves the others as they were, as peft has it
+            parameter.requires_grad = requires_grad
+
+    def _prepare_adapter_config(self, peft_config: MoeConfig, model_config: dict[str, Any]) -> MoeConfig:
+        if peft_config.target_modules is None and model_config.get("model_type") not in (None, "custom"):
+            peft_config.target_modules = "all-linear"  # as the paper does
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _prepare_model(self, peft_config: MoeConfig, model: nn.Module) -> None:
+        """Check every target before the first is replaced."""
+        if peft_config.target_modules == DUMMY_TARGET_MODULES:
+            return
+        _maybe_include_all_linear_layers(peft_config, model)
+        keys, inside = [], ("\0",)
+        for key, module in model.named_modules():
+            if key and not key.startswith(inside) and self._check_target_module_exists(peft_config, key):
+                check_base_layer(module, key)
+                experts = peft_config.experts_at(key)
+                self._check_rows_arrive(peft_config, key, len(experts.ranks))
+                keys.append(key)
+            if isinstance(module, BaseTunerLayer):
+                inside += (f"{key}.",)
+        warn_unmatched(peft_config.num_experts_pattern, keys)
+
+    @staticmethod
+    def _check_rows_arrive(config: MoeConfig, key: str, num_experts: int) -> None:
+        if num_experts > 1 and re.search(r"(^|\.)experts\.\d+\.", key):
+            raise ValueError(
+                f"Target module {key!r} is inside a mixture of experts of the base model, whose inputs are tokens picked from all rows, "
+                f"so that a row's task is not known there; use exclude_modules=r'.*\\.experts\\..*', or num_experts_pattern="
+                f"{{r'.*\\.experts\\..*': 1}} for a plain LoRA."
+            )
+
+    def _check_target_module_compatiblity(self, peft_config: MoeConfig, model: nn.Module, target_name: str) -> None:
+        model_type = self.get_model_config(model).get("model_type")
+        if model_type in MAMBA_TYPES and target_name == "out_proj":
+            raise ValueError(
+                f"Module {target_name!r} of a {model_type} model hands its weight to a fused kernel and is never called, so that an "
+                "adapter would have no effect; name it in exclude_modules."
+            )
+
+    def _create_and_replace(
+        self,
+        peft_config: MoeConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        layer = target if isinstance(target, MoeLinear) else self._new_layer(peft_config, adapter_name, target)
+        experts = peft_config.experts_at(current_key)
+        bank = ExpertBank(
+            in_features=layer.in_features,
+            out_features=layer.out_features,
+            ranks=experts.ranks,
+            scaling=experts.scaling,
+            dropout=peft_config.lora_dropout,
+        )
+        bank.reset_parameters(self.initialisation(peft_config))
+        router, shared = self.build_router(peft_config, adapter_name, len(experts.ranks))
+        layer.update_layer(adapter_name, bank=bank, router=router, shared=shared)
+        device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+        if router is not None and shared and device is not None and not _on_meta(router):
+            router.to(device)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _new_layer(self, config: MoeConfig, adapter_name: str, target: nn.Module) -> MoeLinear:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, Conv1D):
+            config.fan_in_fan_out = True  # saved, so that a folded adapter says it too
+        return MoeLinear(
+            target,
+            adapter_name,
+            context=self.context,
+            fan_in_fan_out=config.fan_in_fan_out and not isinstance(base, nn.Linear),
+            **get_quantization_kwargs(self.model),
+        )
+
+    @staticmethod
+    def initialisation(config: MoeConfig) -> bool | str:
+        """What `init_lora_weights=True` stands for."""
+        return config.init_lora_weights
+
+    # -- peft's walks over layers do not reach what the tuner itself holds, so each is continued here ----------------------
+
+    def _sync_routers(self, *, inference_mode: bool = False, enabled: bool = True) -> None:
+        for name, routers in self.moelora_router.items():
+            routers.requires_grad_(enabled and not inference_mode and name in self.active_adapters)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._sync_routers(inference_mode=inference_mode)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self._sync_routers(enabled=enabled)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.moelora_router:
+                self.moelora_router[name].requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        if adapter_name in self.moelora_router:
+            del self.moelora_router[adapter_name]
+        self.context.forget(adapter_name)
+        self._sync_routers()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """peft calls this on everything that has it, after loading with low_cpu_mem_usage."""
+        if device is None:
+            device = next((p.device for p in self.model.parameters() if p.device.type != "meta"), None)
+        if device is not None and adapter_name in self.moelora_router:
+            self.moelora_router[adapter_name].to(device)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        ours = re.sub(rf"(^|\.)(moelora_(?:bank|router))\.{re.escape(adapter_name)}\.", r"\1\2.", key, count=1)
+        return ours if ours != key else super()._remove_adapter_name_from_key(key, adapter_name)
+
+    # -- calls ----------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """peft calls this around forward and generate; without it, `adapter_names` would be ignored."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names={kwargs['adapter_names']!r}: batches that mix adapters are not supported by "
+                f"{type(self).__name__}; rows of one batch can have different task_ids, and adapters take turns with set_adapter."
+            )
+        yield
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for method in ("forward", "generate"):
+            TaskIdsEntry.remove(model, method)
+        return model
+
+
+def _on_meta(module: nn.Module) -> bool:
+    return any(p.device.type == "meta" for p in module.parameters())
+
+
+def _welcome_peft_model(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Runs when a module becomes part of another: when a tuner becomes that of a PeftModel, its `forward` takes task ids."""
+    if name == "base_model" and isinstance(child, MoeTuner) and isinstance(parent, PeftModel):
+        TaskIdsEntry.install(parent, "forward", child)
+
+
+# The tuner is built before the PeftModel knows it and is never told of it; this is torch's hook for such cases.
+register_module_module_registration_hook(_welcome_peft_model)
