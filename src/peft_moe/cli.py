@@ -41,13 +41,15 @@ def _fold(arguments: argparse.Namespace) -> None:
     from .fold import fold
 
     hub = {"revision": arguments.revision} if arguments.revision else {}
-    tasks = {arguments.out: arguments.task}
-    if arguments.all_tasks:
-        config = PeftConfig.from_pretrained(arguments.adapter, **hub)
-        names = config.task_names if isinstance(config, MoeConfig) else []
-        tasks = {arguments.out / name.replace("/", "_"): name for name in names} or tasks
-    for out, task in tasks.items():
-        fold(arguments.adapter, out, task=task, overwrite=arguments.overwrite, **hub)
+    config = PeftConfig.from_pretrained(arguments.adapter, **hub)
+    names = config.task_names if isinstance(config, MoeConfig) else []
+    if arguments.all_tasks and names:
+        outs = {name: arguments.out / name.replace("/", "_") for name in names}
+    else:
+        outs = {arguments.task: arguments.out}
+    for task, out in outs.items():
+        by_id = task not in names and task is not None and task.isdigit()
+        fold(arguments.adapter, out, task=int(task) if by_id else task, overwrite=arguments.overwrite, **hub)
         print(f"task {task}: {out}")
 
 

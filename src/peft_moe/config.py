@@ -34,7 +34,7 @@ class MoeConfig(PeftConfig):
 
     Args:
         target_modules: names of the linear modules to extend: a list of name endings, a regex for whole names, or
-            `"all-linear"`. None is `"all-linear"` on transformers models.
+            `"all-linear"`. None is every linear layer in the blocks of a transformers model, as the paper has it.
         exclude_modules: modules to leave alone, as a list of name endings or a regex.
         layers_to_transform: layer indices to extend, with `target_modules` given as a list; None for all layers.
         layers_pattern: name of the list of layers, where `layers_to_transform` needs it.

@@ -53,16 +53,16 @@ class TaskIdsEntry:
                 setattr(owner, method, there.replaced)
 
     def __call__(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
-        if isinstance(self.replaced, TaskIdsEntry):
-            kwargs["task_ids"] = task_ids
         batch_size, device = _rows(self.owner, args, kwargs)
         context = self.tuner.context
         training = self.owner.training and torch.is_grad_enabled()
         if training and self.method == "forward":
             keep_ids_through_checkpointing(self.owner, context)
         with context.call(
-            task_ids, adapters=self.tuner.active_adapters, batch_size=batch_size, device=device, training=training
+            task_ids, active=self.tuner.active_adapters, batch_size=batch_size, device=device, training=training
         ):
+            if isinstance(self.replaced, TaskIdsEntry):  # a tuner inside a tuner is told the same
+                kwargs["task_ids"] = context.current.told
             if self.replaced is not None:
                 return self.replaced(*args, **kwargs)
             return getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)

@@ -51,10 +51,11 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         self._merged_weights: dict[str, torch.Tensor | None] = {}  # what to take out again, whatever was trained meanwhile
         self._disable_adapters = False
         self._active_adapter: str | list[str] = adapter_name
+        self.train(base_layer.training)
 
     def update_layer(self, adapter_name: str, *, bank: ExpertBank, router: Router | None, shared: bool) -> None:
         """Add an adapter. A shared router is held by reference; no router is a plain LoRA."""
-        self.moelora_bank[adapter_name] = bank
+        self.moelora_bank[adapter_name] = bank.train(self.training)
         if router is not None:
             (self.shared_routers if shared else self.moelora_router)[adapter_name] = router  # type: ignore[index]
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -148,7 +149,8 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         weight = self.get_base_weight()
         merged = weight + delta.to(device=weight.device, dtype=weight.dtype)
         if check_for is not None and not torch.isfinite(merged).all():
-            raise ValueError(f"Merging adapter {check_for!r} gives weights that are not finite; the adapter seems to be broken.")
+            # peft's words, which its users search for
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {check_for} seems to be broken")
         self.set_base_weight(merged)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _find_minimal_target_modules,
+    _maybe_include_all_linear_layers,
+)
 from peft.utils import get_quantization_kwargs
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
@@ -25,6 +30,8 @@ from .routing import Router, RoutingContext
 
 # Names in our own state-dict keys: an adapter called so would be taken for one of them when another adapter is saved.
 RESERVED = {"gate", "embedding", "proj", "lora_A", "lora_B", "weight"}
+# Linear layers of a base model's own experts: their inputs are tokens picked from all rows.
+IN_BASE_EXPERTS = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 # Their output projection hands its weight to a fused kernel and is never called.
 MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 
@@ -73,7 +80,7 @@ class MoeTuner(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: MoeConfig, model_config: dict[str, Any]) -> MoeConfig:
         if peft_config.target_modules is None and model_config.get("model_type") not in (None, "custom"):
-            peft_config.target_modules = "all-linear"  # as the paper does
+            peft_config.target_modules = linear_layers_in_blocks(self.model)
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: MoeConfig, model: nn.Module) -> None:
@@ -81,20 +88,17 @@ class MoeTuner(BaseTuner):
         if peft_config.target_modules == DUMMY_TARGET_MODULES:
             return
         _maybe_include_all_linear_layers(peft_config, model)
-        keys, inside = [], ("\0",)
-        for key, module in model.named_modules():
-            if key and not key.startswith(inside) and self._check_target_module_exists(peft_config, key):
+        keys = []
+        for key, module in modules_outside_adapters(model):
+            if self._check_target_module_exists(peft_config, key):
                 check_base_layer(module, key)
-                experts = peft_config.experts_at(key)
-                self._check_rows_arrive(peft_config, key, len(experts.ranks))
+                self._check_rows_arrive(key, len(peft_config.experts_at(key).ranks))
                 keys.append(key)
-            if isinstance(module, BaseTunerLayer):
-                inside += (f"{key}.",)
         warn_unmatched(peft_config.num_experts_pattern, keys)
 
     @staticmethod
-    def _check_rows_arrive(config: MoeConfig, key: str, num_experts: int) -> None:
-        if num_experts > 1 and re.search(r"(^|\.)experts\.\d+\.", key):
+    def _check_rows_arrive(key: str, num_experts: int) -> None:
+        if num_experts > 1 and IN_BASE_EXPERTS.search(key):
             raise ValueError(
                 f"Target module {key!r} is inside a mixture of experts of the base model, whose inputs are tokens picked from all rows, "
                 f"so that a row's task is not known there; use exclude_modules=r'.*\\.experts\\..*', or num_experts_pattern="
@@ -131,9 +135,9 @@ class MoeTuner(BaseTuner):
         bank.reset_parameters(self.initialisation(peft_config))
         router, shared = self.build_router(peft_config, adapter_name, len(experts.ranks))
         layer.update_layer(adapter_name, bank=bank, router=router, shared=shared)
-        device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
-        if router is not None and shared and device is not None and not _on_meta(router):
-            router.to(device)
+        if router is not None and shared and not any(p.is_meta for p in router.parameters()):
+            like = bank.lora_A.weight  # update_layer has put it where the base layer is
+            router.to(device=like.device, dtype=like.dtype)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -183,6 +187,13 @@ class MoeTuner(BaseTuner):
         self.context.forget(adapter_name)
         self._sync_routers()
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype and adapter_name in self.moelora_router:
+            half = {p.dtype for p in self.moelora_router[adapter_name].parameters()} & {torch.float16, torch.bfloat16}
+            if half:
+                self.moelora_router[adapter_name].float()
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """peft calls this on everything that has it, after loading with low_cpu_mem_usage."""
         if device is None:
@@ -214,8 +225,24 @@ class MoeTuner(BaseTuner):
         return model
 
 
-def _on_meta(module: nn.Module) -> bool:
-    return any(p.device.type == "meta" for p in module.parameters())
+def linear_layers_in_blocks(model: nn.Module) -> set[str]:
+    """Name endings of the linear layers in a model's repeated blocks, which the paper adapts; no pooler, no head."""
+    bases = {k: m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for k, m in modules_outside_adapters(model)}
+    linear = (key for key, base in bases.items() if isinstance(base, (nn.Linear, Conv1D)))
+    chosen = {key for key in linear if re.search(r"\.\d+\.", f".{key}") and not IN_BASE_EXPERTS.search(key)}
+    if not chosen:
+        raise ValueError("No linear layers in repeated blocks were found in the model; give target_modules.")
+    return _find_minimal_target_modules(chosen, bases.keys() - chosen)
+
+
+def modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of a model without the parts of layers that are adapted already."""
+    inside: tuple[str, ...] = ()
+    for key, module in model.named_modules():
+        if key and not (inside and key.startswith(inside)):
+            yield key, module
+            if isinstance(module, BaseTunerLayer):
+                inside += (f"{key}.",)
 
 
 def _welcome_peft_model(parent: nn.Module, name: str, child: nn.Module | None) -> None:

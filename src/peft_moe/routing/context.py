@@ -29,8 +29,9 @@ class _Tasks:
 
 @dataclass(frozen=True)
 class _Call:
-    """Task ids of one call by adapter: (n,) or (n, k); adapters that were given none are left out."""
+    """What one call was told, and its task ids by adapter: (n,) or (n, k); adapters without any are left out."""
 
+    told: TaskIds | None = None
     ids: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -83,7 +84,7 @@ class RoutingContext:
         self,
         task_ids: TaskIds | None,
         *,
-        adapters: Sequence[str],
+        active: Sequence[str],
         batch_size: int | None = None,
         device: torch.device | None = None,
         training: bool = False,
@@ -95,7 +96,7 @@ class RoutingContext:
         """
         outermost, before = self._depth == 0, self._call
         if outermost or task_ids is not None:
-            self._call = self._resolve(task_ids, adapters, batch_size, device, training)
+            self._call = self._resolve(task_ids, active, batch_size, device, training)
         self._depth += 1
         try:
             yield
@@ -128,7 +129,7 @@ class RoutingContext:
         Raises:
             ValueError: the call was given none; the message lists the tasks and says how to give one.
         """
-        call = self.current or self._resolve(None, (adapter,), None, None, False)
+        call = self.current or self._resolve(None, (adapter,))
         ids = call.ids.get(adapter)
         if ids is None:
             raise ValueError(f"No task was given, and adapter {adapter!r} knows {list_tasks(self._tasks[adapter].names)}: {HOW}")
@@ -162,29 +163,29 @@ class RoutingContext:
     def _resolve(
         self,
         task_ids: TaskIds | None,
-        adapters: Sequence[str],
-        batch_size: int | None,
-        device: torch.device | None,
-        training: bool,
+        active: Sequence[str],
+        batch_size: int | None = None,
+        device: torch.device | None = None,
+        training: bool = False,
     ) -> _Call:
         found = {}
-        for adapter in adapters:
-            tasks = self._tasks.get(adapter)
-            if tasks is None:
-                continue
-            if task_ids is not None:
-                ids: torch.Tensor | None = encode_tasks(task_ids, tasks.names)
-                _check_rows(ids, batch_size)
-            else:
-                ids = self._chosen_or_default(adapter)
+        for adapter, tasks in self._tasks.items():
+            try:
+                ids = self._chosen_or_default(adapter) if task_ids is None else encode_tasks(task_ids, tasks.names)
+            except (ValueError, TypeError):
+                if adapter in active:
+                    raise
+                continue  # the tasks of another adapter are not this one's concern
             if ids is None:
                 continue  # a bank of one needs none; the layer that needs one says so
-            if task_ids is not None or self._chosen is not None:
-                self._check_merged(adapter, ids)
-            else:
-                self._warn_of_default(tasks.default, training)
+            if adapter in active:
+                _check_rows(ids, batch_size)
+                if task_ids is not None or self._chosen is not None:
+                    self._check_merged(adapter, ids)
+                else:
+                    self._warn_of_default(tasks.default, training)
             found[adapter] = ids if device is None else ids.to(device)
-        return _Call(found)
+        return _Call(task_ids, found)
 
     def _check_merged(self, adapter: str, ids: torch.Tensor) -> None:
         merged = self.merged.get(adapter)

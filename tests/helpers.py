@@ -1,0 +1,54 @@
+"""What several test files need: a routed tiny model, stock LoRA beside it, and the layers of either."""
+
+import torch
+from peft import PeftModel, get_peft_model
+from tiny_models import TASK_TYPES, make_model
+from torch import nn
+
+from peft_moe import MoeLoraConfig
+from peft_moe.layer import MoeLinear
+
+TASKS = ["icd", "rad", "def"]
+# Linear layers whose inputs keep one row per example, per architecture.
+TARGETS = {
+    "llama": ["q_proj", "v_proj", "gate_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_fc", "mlp.c_proj"],
+    "opt": ["q_proj", "v_proj", "fc1", "fc2"],
+    "bert": ["query", "value", "intermediate.dense", "output.dense"],
+    "t5": ["q", "v", "wi", "wo"],
+    "vit": ["q_proj", "v_proj", "fc1", "fc2"],
+}
+
+
+def config_for(name: str = "llama", **changes) -> MoeLoraConfig:
+    """A config whose new adapter changes the output, without dropout."""
+    fields = {
+        "task_type": TASK_TYPES[name],
+        "r": 8,
+        "num_experts": 4,
+        "tasks": TASKS,
+        "lora_dropout": 0.0,
+        "init_lora_weights": False,
+        "target_modules": TARGETS[name],
+    }
+    return MoeLoraConfig(**{**fields, **changes})
+
+
+def routed(name: str = "llama", *, seed: int = 0, **changes) -> PeftModel:
+    """A tiny model with an adapter, in eval mode."""
+    torch.manual_seed(seed)
+    return get_peft_model(make_model(name), config_for(name, **changes)).eval()
+
+
+def routed_layers(model: nn.Module) -> list[MoeLinear]:
+    return [module for module in model.modules() if isinstance(module, MoeLinear)]
+
+
+def logits(model: nn.Module, inputs: dict, **kwargs) -> torch.Tensor:
+    """Logits without a graph."""
+    with torch.no_grad():
+        return model(**inputs, **kwargs).logits
+
+
+def adapter_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

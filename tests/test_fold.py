@@ -1,0 +1,144 @@
+"""Folding a task gives a stock LoRA with the same logits."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import TASKS, TARGETS, config_for, logits, routed
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny_models import make_inputs, make_model
+
+from peft_moe import fold
+from peft_moe.cli import main
+
+ARCHITECTURES = ["llama", "gpt2", "opt", "bert", "t5", "vit"]
+
+
+def folded_logits(directory, name, inputs):
+    return logits(PeftModel.from_pretrained(make_model(name), directory).eval(), inputs)
+
+
+@pytest.mark.parametrize("gate_scope", ["model", "layer"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_folding_a_task_gives_the_same_logits_as_routing_it(name, gate_scope, tmp_path):
+    model, inputs = routed(name, gate_scope=gate_scope, use_rslora=name == "opt"), make_inputs(name)
+    model.save_pretrained(tmp_path / "adapter")
+    for task in TASKS:
+        expected = logits(model, inputs, task_ids=task)
+        for source in (model, tmp_path / "adapter"):
+            out = fold(source, tmp_path / task, task=task, overwrite=True)
+            torch.testing.assert_close(folded_logits(out, name, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_mixed_ranks_and_single_experts_fold_to_one_rank(tmp_path):
+    model, inputs = routed("llama", rank_pattern={"q_proj": 4}, alpha_pattern={"v_proj": 5}, num_experts_pattern={"down_proj": 1}), make_inputs("llama")
+    out = fold(model, tmp_path / "f", task="rad")
+    torch.testing.assert_close(folded_logits(out, "llama", inputs), logits(model, inputs, task_ids="rad"), rtol=1e-4, atol=1e-5)
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == ("LORA", 8, 8, {}, {})
+    state = load_file(out / "adapter_model.safetensors")
+    assert all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in state)
+    assert {t.shape[0] for k, t in state.items() if "lora_A" in k} == {t.shape[1] for k, t in state.items() if "lora_B" in k} == {8}
+
+
+def test_several_tasks_fold_to_their_mean(tmp_path):
+    model, inputs = routed("llama"), make_inputs("llama")
+    out = fold(model, tmp_path / "f", task=["icd", "def"])
+    torch.testing.assert_close(folded_logits(out, "llama", inputs), logits(model, inputs, task_ids=[["icd", "def"]] * 3), rtol=1e-4, atol=1e-5)
+
+
+def test_a_folded_adapter_loads_where_peft_moe_is_not_installed(tmp_path):
+    model, inputs = routed("llama"), make_inputs("llama", labels=False)
+    make_model("llama").save_pretrained(tmp_path / "base")
+    out = fold(model, tmp_path / "f", task="rad")
+    torch.save(inputs, tmp_path / "inputs.pt")
+    code = """
+import sys, torch
+sys.modules["peft_moe"] = None  # any import of it fails
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "f").eval()
+with torch.no_grad():
+    torch.save(model(**torch.load("inputs.pt")).logits, "logits.pt")
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model, inputs, task_ids="rad"), rtol=1e-4, atol=1e-5)
+
+
+def test_a_classification_head_comes_along(tmp_path):
+    model, inputs = routed("bert"), make_inputs("bert")
+    model.base_model.model.classifier.modules_to_save["default"].weight.data.normal_()
+    out = fold(model, tmp_path / "f", task="icd")
+    torch.testing.assert_close(folded_logits(out, "bert", inputs), logits(model, inputs, task_ids="icd"), rtol=1e-4, atol=1e-5)
+
+
+def test_the_other_adapter_of_a_model_can_be_folded(tmp_path):
+    model, inputs = routed("llama"), make_inputs("llama")
+    model.add_adapter("second", config_for("llama", tasks=["x"]))
+    out = fold(model, tmp_path / "f", task="x", adapter_name="second")
+    model.set_adapter("second")
+    torch.testing.assert_close(folded_logits(out, "llama", inputs), logits(model, inputs, task_ids="x"), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"adapter_name='third'; the model has \['default', 'second'\]"):
+        fold(model, tmp_path / "g", task="x", adapter_name="third")
+
+
+def test_nothing_on_disk_is_lost(tmp_path):
+    model = routed("llama")
+    out = fold(model, tmp_path / "f", task="icd")
+    (out / "notes.txt").write_text("mine")
+    before = (out / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="holds an adapter already.*overwrite=True"):
+        fold(model, out, task="rad")
+    with pytest.raises(ValueError, match="Unknown task 'mri'"):
+        fold(model, out, task="mri", overwrite=True)
+    assert (out / "adapter_model.safetensors").read_bytes() == before
+    fold(model, out, task="rad", overwrite=True)
+    assert (out / "adapter_model.safetensors").read_bytes() != before
+    assert (out / "notes.txt").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f"]
+
+
+def test_only_adapters_with_tasks_can_be_folded(tmp_path):
+    stock = get_peft_model(make_model("llama"), LoraConfig(target_modules=TARGETS["llama"]))
+    with pytest.raises(ValueError, match=r"'default' is a .*LORA adapter; fold takes MOELORA"):
+        fold(stock, tmp_path / "f", task="icd")
+    stock.save_pretrained(tmp_path / "stock")
+    with pytest.raises(ValueError, match="fold takes MOELORA"):
+        fold(tmp_path / "stock", tmp_path / "f", task="icd")
+    assert not (tmp_path / "f").exists()
+
+
+# -- the command ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    model = routed("llama")
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_the_command_folds_one_task_or_all(adapter, tmp_path, capsys):
+    model, inputs = PeftModel.from_pretrained(make_model("llama"), adapter).eval(), make_inputs("llama")
+    assert main(["fold", str(adapter), "--task", "rad", "--out", str(tmp_path / "one")]) == 0
+    assert main(["fold", str(adapter), "--task", "1", "--out", str(tmp_path / "by-id")]) == 0
+    assert main(["fold", str(adapter), "--all-tasks", "--out", str(tmp_path / "all")]) == 0
+    assert f"task rad: {tmp_path / 'one'}" in capsys.readouterr().out
+    for directory, task in [("one", "rad"), ("by-id", "rad"), *((f"all/{t}", t) for t in TASKS)]:
+        expected = logits(model, inputs, task_ids=task)
+        torch.testing.assert_close(folded_logits(tmp_path / directory, "llama", inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("task", "source", "message"),
+    [("mri", "adapter", "Unknown task 'mri'; this adapter knows 'icd'"), ("icd", "nowhere", "nowhere")],
+)
+def test_the_command_fails_with_one_line(adapter, tmp_path, capsys, task, source, message):
+    assert main(["fold", str(tmp_path / source), "--task", task, "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("peft-moe: ")
+    assert message in error
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,282 @@
+"""Save, load, switch, merge, unload: as with stock LoRA."""
+
+import json
+
+import pytest
+import torch
+from helpers import TASKS, config_for, logits, routed, routed_layers
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from tiny_models import make_inputs, make_model
+
+ARCHITECTURES = ["llama", "gpt2", "opt", "bert", "t5", "vit"]
+IDS = [2, 0, 1]
+
+
+def train_a_step(model, inputs, ids):
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model(**inputs, task_ids=ids).loss.backward()
+    optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("gate_scope", ["model", "layer"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_train_save_load_merge_give_the_same_outputs(name, gate_scope, tmp_path):
+    inputs = make_inputs(name)
+    model = routed(name, gate_scope=gate_scope, default_task="icd")
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    train_a_step(model, inputs, IDS)
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {n for n, p in model.named_parameters() if p.requires_grad}  # gates among them
+    assert any("router" in n for n in changed)
+    expected = logits(model, inputs, task_ids=IDS)
+    model.save_pretrained(tmp_path)
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(make_model(name), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+        assert torch.equal(logits(loaded, inputs, task_ids=IDS), expected)
+        assert not any(p.requires_grad for p in loaded.parameters())
+    for i, task in enumerate(TASKS):
+        merged = PeftModel.from_pretrained(make_model(name), tmp_path).eval().merge_and_unload(safe_merge=i == 0, task=task)
+        of_task = logits(model, inputs, task_ids=task)
+        torch.testing.assert_close(logits(merged, inputs), of_task, rtol=1e-4, atol=1e-5)
+        assert not routed_layers(merged)
+
+
+def test_a_checkpoint_holds_every_trained_parameter_and_no_name_of_an_adapter(tmp_path):
+    model = routed("llama", num_experts_pattern={"q_proj": 2})
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert sum(t.numel() for t in saved.values()) == sum(p.numel() for p in trained.values())
+    assert len(saved) == len(trained)
+    assert not any("default" in key for key in saved)
+    assert {k for k in saved if "router" in k} == {
+        f"base_model.moelora_router.{n}.gate.{part}.weight" for n in (2, 4) for part in ("embedding", "proj")
+    }
+
+
+def test_auto_peft_model_needs_nothing_but_the_directory(tmp_path):
+    make_model("llama").save_pretrained(tmp_path / "base")
+    base = type(make_model("llama")).from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, config_for("llama")).eval()
+    inputs = make_inputs("llama")
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(logits(loaded, inputs, task_ids=IDS), logits(model, inputs, task_ids=IDS))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_precision_bases(dtype, autocast, tmp_path):
+    base = make_model("llama").to(dtype)
+    model = get_peft_model(base, config_for("llama"), autocast_adapter_dtype=autocast).eval()
+    expected = torch.float32 if autocast else dtype
+    assert {p.dtype for p in get_peft_model_state_dict(model).values()} == {expected}
+    inputs = make_inputs("llama")
+    together = logits(model, inputs, task_ids=IDS)
+    assert together.dtype == dtype
+    model.train()
+    torch.testing.assert_close(logits(model, inputs, task_ids=IDS), together, rtol=0, atol=0)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model("llama").to(dtype), tmp_path, autocast_adapter_dtype=autocast)
+    assert torch.equal(logits(loaded, inputs, task_ids=IDS), together)
+
+
+def test_adapters_are_added_switched_saved_and_deleted_like_stock_ones(tmp_path):
+    model, inputs = routed("llama"), make_inputs("llama")
+    first = logits(model, inputs, task_ids=IDS)
+    router = model.base_model.moelora_router["default"]
+    model.add_adapter("second", config_for("llama", gate_scope="model", r=4))
+    assert all(p.requires_grad for p in router.parameters())
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "second" in n)
+    assert torch.equal(logits(model, inputs, task_ids=IDS), first)
+    model.set_adapter("second")
+    assert not any(p.requires_grad for p in router.parameters())
+    assert all(p.requires_grad for n, p in model.named_parameters() if ".second." in n)
+    second = logits(model, inputs, task_ids=IDS)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="Setting active adapter to default"):
+        model.delete_adapter("second")
+    assert list(model.peft_config) == ["default"]
+    assert not [n for n, _ in model.named_parameters() if "second" in n]
+    assert torch.equal(logits(model, inputs, task_ids=IDS), first)
+    model.load_adapter(tmp_path / "second", "again")
+    model.set_adapter("again")
+    assert torch.equal(logits(model, inputs, task_ids=IDS), second)
+
+
+def test_an_adapter_for_inference_freezes_no_other():
+    model = routed("llama")
+    model.add_adapter("second", config_for("llama", inference_mode=True))
+    assert all(p.requires_grad for n, p in model.named_parameters() if ".default." in n)
+
+
+def test_disabling_takes_gradients_from_gates_too_and_gives_them_back():
+    model, inputs = routed("llama"), make_inputs("llama")
+    base = logits(make_model("llama"), inputs)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), base)  # and needs no task
+        assert not any(p.requires_grad for p in model.parameters())
+    assert all(p.requires_grad for n, p in model.named_parameters() if "moelora" in n)
+
+
+def test_requires_grad_can_be_set_for_an_adapter():
+    model = routed("llama")
+    model.set_requires_grad("default", False)
+    assert not any(p.requires_grad for p in model.parameters())
+    model.set_requires_grad("default", True)
+    assert all(p.requires_grad for n, p in model.named_parameters() if "moelora" in n)
+
+
+@pytest.mark.parametrize("name", ["gate", "lora_A", "8"])
+def test_an_adapter_name_that_collides_with_our_keys_is_refused(name):
+    with pytest.raises(ValueError, match=f"adapter_name='{name}' is a name inside"):
+        get_peft_model(make_model("llama"), config_for("llama"), adapter_name=name)
+
+
+# -- merging -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_merging_and_unmerging_a_task(name):
+    model, inputs = routed(name), make_inputs(name)
+    by_ids, rad = logits(model, inputs, task_ids=IDS), logits(model, inputs, task_ids="rad")
+    weights = [layer.get_base_weight().clone() for layer in routed_layers(model)]
+    model.merge_adapter(task="rad")
+    torch.testing.assert_close(logits(model, inputs), rad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(model, inputs, task_ids=1), rad, rtol=1e-4, atol=1e-5)
+    for other in ("icd", IDS, [["rad", "icd"]] * 3):
+        with pytest.raises(ValueError, match=r"merged into the base weights for \['rad'\].*unmerge_adapter"):
+            logits(model, inputs, task_ids=other)
+    with pytest.warns(UserWarning, match="All adapters are already merged"):
+        model.merge_adapter(task="rad")
+    model.unmerge_adapter()
+    for layer, weight in zip(routed_layers(model), weights, strict=True):
+        torch.testing.assert_close(layer.get_base_weight(), weight, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits(model, inputs, task_ids=IDS), by_ids, rtol=1e-4, atol=1e-5)
+
+
+def test_merging_takes_the_chosen_or_the_default_task_or_several():
+    inputs = make_inputs("llama")
+    for chosen, task in (({"default_task": "def"}, "def"), ({}, "rad")):
+        model = routed("llama", **chosen)
+        if not chosen:
+            model.set_task("rad")
+        of_task = logits(model, inputs, task_ids=task)
+        model.merge_adapter()
+        torch.testing.assert_close(logits(model, inputs), of_task, rtol=1e-4, atol=1e-5)
+    model = routed("llama")
+    mean = logits(model, inputs, task_ids=[["icd", "def"]] * 3)
+    torch.testing.assert_close(logits(model.merge_and_unload(task=["icd", "def"]), inputs), mean, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize(("task", "message"), [({}, r"none was chosen; pass task= with one of 'icd' \(0\)"), ({"task": "mri"}, "Unknown task 'mri'")])
+def test_merging_without_a_task_merges_nothing(how, task, message):
+    model, inputs = routed("llama", num_experts_pattern={"q_proj": 1}), make_inputs("llama")
+    before = logits(model, inputs, task_ids=IDS)
+    with pytest.raises(ValueError, match=message):
+        getattr(model, how)(**task)
+    assert not any(layer.merged for layer in routed_layers(model))
+    assert torch.equal(logits(model, inputs, task_ids=IDS), before)
+
+
+def test_safe_merging_of_a_broken_adapter_leaves_the_weight():
+    model = routed("llama", target_modules=["q_proj"], layers_to_transform=[0])
+    (layer,) = routed_layers(model)
+    layer.moelora_bank["default"].lora_A.weight.data[0] = torch.nan
+    before = layer.get_base_weight().clone()
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+        model.merge_adapter(safe_merge=True, task="icd")
+    assert torch.equal(layer.get_base_weight(), before)
+    assert not layer.merged
+
+
+def test_what_was_merged_is_taken_out_again_even_if_the_gate_has_changed():
+    model = routed("llama")
+    before = [layer.get_base_weight().clone() for layer in routed_layers(model)]
+    model.merge_adapter(task="rad")
+    model.base_model.moelora_router["default"]["4"].gate.embedding.weight.data.normal_()
+    with model.disable_adapter():
+        logits(model, make_inputs("llama"))
+    for layer, weight in zip(routed_layers(model), before, strict=True):
+        torch.testing.assert_close(layer.get_base_weight(), weight, rtol=1e-6, atol=1e-6)
+
+
+def test_unloading_gives_back_the_base_model():
+    inputs = make_inputs("llama")
+    base = routed("llama").unload()
+    assert torch.equal(logits(base, inputs), logits(make_model("llama"), inputs))
+    assert type(base).forward is base.forward.__func__
+    get_peft_model(base, config_for("llama"))(**inputs, task_ids=IDS)  # and that can be extended anew, without a warning
+
+
+# -- what else peft users have --------------------------------------------------------------------------------------------------
+
+
+def test_model_status_is_that_of_a_stock_adapter():
+    ours, stock = routed("llama"), get_peft_model(make_model("llama"), LoraConfig(target_modules=config_for("llama").target_modules))
+    status, expected = ours.get_model_status(), stock.get_model_status()
+    assert status.peft_types == {"default": "MOELORA"}
+    for field in ("num_adapter_layers", "enabled", "active_adapters", "merged_adapters", "requires_grad", "available_adapters"):
+        assert getattr(status, field) == getattr(expected, field)
+
+
+def test_modules_to_save_and_trained_tokens_come_along(tmp_path):
+    inputs = make_inputs("llama")
+    model = routed("llama", modules_to_save=["lm_head"], trainable_token_indices=[3, 4, 5])
+    train_a_step(model, inputs, IDS)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model("llama"), tmp_path).eval()
+    assert torch.equal(logits(loaded, inputs, task_ids=IDS), logits(model, inputs, task_ids=IDS))
+
+
+@pytest.mark.parametrize(
+    ("fields", "targeted"),
+    [
+        ({"target_modules": "all-linear"}, 14),
+        ({"target_modules": None}, 14),
+        ({"target_modules": None, "layers_to_transform": [1]}, 7),
+        ({"target_modules": None, "layers_to_transform": 0, "layers_pattern": "layers"}, 7),
+        ({"target_modules": r".*\.[qv]_proj"}, 4),
+        ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["0.self_attn.q_proj"]}, 3),
+        ({"target_modules": ["layers.1.mlp.up_proj"]}, 1),
+    ],
+)
+def test_target_modules_choose_what_they_choose_in_peft(fields, targeted):
+    assert len(routed_layers(routed("llama", **fields))) == targeted
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": ["nope"]}, "nope"),
+        ({"target_modules": ["embed_tokens"]}, "'model.embed_tokens' is a Embedding, which is not supported"),
+        ({"rank_pattern": {"down_proj": 6}}, "r=6 does not split over num_experts=4 at 'model.layers.0.mlp.down_proj'; use r=8"),
+    ],
+)
+def test_what_cannot_be_injected_leaves_the_model_alone(fields, message):
+    base, inputs = make_model("llama"), make_inputs("llama")
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, config_for("llama", **fields))
+    assert not routed_layers(base)
+    assert "forward" not in vars(base)
+    assert torch.equal(logits(base, inputs), logits(make_model("llama"), inputs))
+
+
+def test_a_pattern_that_matches_nothing_warns():
+    with pytest.warns(RuntimeWarning, match=r"num_experts_pattern keys \['nope'\] match no targeted module"):
+        routed("llama", num_experts_pattern={"nope": 2, "q_proj": 2})
+
+
+def test_a_custom_model_must_say_its_targets():
+    with pytest.raises(ValueError, match="specify `target_modules`"):
+        get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config_for(task_type=None, target_modules=None))
+
+
+def test_the_file_says_all_that_loading_needs(tmp_path):
+    routed("gpt2", tasks=["b", "a"], default_task="a", gate_scope="layer").save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["tasks"], saved["default_task"], saved["gate_scope"], saved["fan_in_fan_out"]) == (["b", "a"], "a", "layer", True)

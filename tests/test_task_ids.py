@@ -1,0 +1,397 @@
+"""No path loses task ids: they arrive, or there is an error or a warning that says what to do."""
+
+import copy
+import inspect
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from helpers import TASKS, adapter_gradients, config_for, logits, routed, routed_layers
+from peft import get_peft_model
+from tiny_models import make_inputs, make_model
+from torch.utils.checkpoint import checkpoint
+
+from peft_moe import MoeLoraConfig
+
+IDS = [2, 0, 1]
+NAMED = ["def", "icd", "rad"]
+GENERATE = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def rows_alone(model, inputs, ids):
+    """Each row by itself with its task."""
+    rows = [{k: v[i : i + 1] for k, v in inputs.items()} for i in range(len(ids))]
+    return torch.cat([logits(model, row, task_ids=[task]) for row, task in zip(rows, ids, strict=True)])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert", "t5", "vit"])
+def test_rows_of_different_tasks_in_one_batch_are_as_each_alone(name):
+    model, inputs = routed(name), make_inputs(name)
+    together = logits(model, inputs, task_ids=IDS)
+    torch.testing.assert_close(together, rows_alone(model, inputs, IDS), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together, logits(model, inputs, task_ids=0), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, inputs: model(**inputs, task_ids=NAMED),
+        lambda model, inputs: model(**inputs, task_ids=torch.tensor(IDS)),
+        lambda model, inputs: model(**inputs, task_ids=[[t] for t in IDS]),
+        lambda model, inputs: model.forward(**inputs, task_ids=IDS),
+        lambda model, inputs: model(inputs["input_ids"], inputs["attention_mask"], task_ids=IDS),
+        lambda model, inputs: model.base_model(**inputs, task_ids=IDS),
+        lambda model, inputs: model.get_base_model()(**inputs, task_ids=IDS),
+        lambda model, inputs: model.get_base_model().forward(**inputs, task_ids=IDS),
+        lambda model, inputs: copy.deepcopy(model)(**inputs, task_ids=IDS),
+        lambda model, inputs: torch.nn.ModuleDict({"wrapped": model})["wrapped"](**inputs, task_ids=IDS),
+        lambda model, inputs: model(inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]), task_ids=IDS),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
+def test_every_way_to_call_a_model_brings_the_ids(call, task_type):
+    model, inputs = routed("llama", task_type=task_type), make_inputs("llama", labels=False)
+    expected = logits(model, inputs, task_ids=IDS)
+    with torch.no_grad():
+        assert torch.equal(call(model, inputs).logits, expected)
+
+
+def test_a_pickled_model_takes_ids():
+    model, inputs = routed("llama"), make_inputs("llama")
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (torch.load(buffer, weights_only=False), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(twin, inputs, task_ids=IDS), logits(model, inputs, task_ids=IDS))
+
+
+def test_a_row_can_have_several_tasks():
+    model, inputs = routed("llama"), make_inputs("llama")
+    gate = model.base_model.moelora_router["default"]["4"].gate
+    mean = gate.embedding.weight[[0, 2]].mean(0)
+    several = logits(model, inputs, task_ids=[["icd", "def"], ["rad"], [1]])
+    gate.embedding.weight.data[0] = mean
+    torch.testing.assert_close(several, logits(model, inputs, task_ids=["icd", "rad", "rad"]))
+
+
+# -- what a call without ids does ---------------------------------------------------------------------------------------
+
+
+def test_a_call_without_a_task_is_an_error_that_lists_them_and_says_how():
+    model, inputs = routed("llama"), make_inputs("llama")
+    for call in (model, model.get_base_model(), lambda **kw: model.generate(kw["input_ids"], max_new_tokens=1)):
+        with pytest.raises(ValueError, match=r"No task was given.*'icd' \(0\), 'rad' \(1\), 'def' \(2\): pass task_ids= .*set_task.*default_task"):
+            call(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [("mri", "Unknown task 'mri'"), ([0, 1], "2 entries and the batch has 3 rows"), ([0] * 6, "6 entries and the batch has 3 rows")],
+)
+def test_wrong_ids_are_an_error_before_anything_runs(ids, message):
+    model, inputs = routed("llama"), make_inputs("llama")
+    ran = []
+    model.get_input_embeddings().register_forward_hook(lambda *_: ran.append(1))
+    for call in (model, model.get_base_model(), lambda **kw: model.generate(kw["input_ids"], task_ids=kw["task_ids"])):
+        with pytest.raises(ValueError, match=message):
+            call(**inputs, task_ids=ids)
+    assert not ran
+    logits(model, inputs, task_ids=0)  # and the model is as before
+
+
+def test_the_task_of_a_call_goes_before_the_chosen_one_and_that_before_the_default():
+    model, inputs = routed("llama", default_task="def"), make_inputs("llama")
+    by_task = {task: logits(model, inputs, task_ids=task) for task in TASKS}
+    assert torch.equal(logits(model, inputs), by_task["def"])
+    model.set_task("rad")
+    assert torch.equal(logits(model, inputs), by_task["rad"])
+    assert torch.equal(logits(model, inputs, task_ids="icd"), by_task["icd"])
+    with model.task("icd"):
+        assert torch.equal(logits(model, inputs), by_task["icd"])
+        with model.task("def"), model.disable_adapter():
+            base = logits(model, inputs)
+            with model.disable_adapter():
+                assert torch.equal(logits(model, inputs), base)
+            assert torch.equal(logits(model, inputs), base)
+        assert torch.equal(logits(model, inputs), by_task["icd"])
+    assert torch.equal(logits(model, inputs), by_task["rad"])
+    model.set_task(None)
+    assert torch.equal(logits(model, inputs), by_task["def"])
+    assert torch.equal(base, logits(make_model("llama"), inputs))
+
+
+def test_choosing_several_tasks_is_their_mean_for_every_row():
+    model, inputs = routed("llama"), make_inputs("llama")
+    with model.task(["icd", "def"]):
+        assert torch.equal(logits(model, inputs), logits(model, inputs, task_ids=[["icd", "def"]] * 3))
+
+
+@pytest.mark.parametrize("choose", [lambda m, t: m.set_task(t), lambda m, t: m.task(t).__enter__()])
+def test_choosing_an_unknown_task_is_an_error_and_changes_nothing(choose):
+    model, inputs = routed("llama"), make_inputs("llama")
+    model.set_task("rad")
+    with pytest.raises(ValueError, match="Unknown task 'mri'"):
+        choose(model, "mri")
+    assert torch.equal(logits(model, inputs), logits(model, inputs, task_ids="rad"))
+
+
+def test_training_on_the_default_task_warns_once_and_says_what_may_have_been_lost():
+    model, inputs = routed("llama", default_task="icd").train(), make_inputs("llama")
+    with pytest.warns(UserWarning, match=r"Training without task_ids: every row is routed as default_task='icd'.*TaskCollator"):
+        model(**inputs)
+    model(**inputs)  # once is enough
+    quiet = routed("llama", default_task="icd").train()
+    quiet.set_task("icd")
+    quiet(**inputs)
+    quiet(**inputs, task_ids=IDS)
+
+
+def test_ids_of_one_call_are_not_those_of_the_next():
+    model, inputs = routed("t5"), make_inputs("t5")
+    model(**inputs, task_ids=IDS)
+    with pytest.raises(ValueError, match="No task was given"):
+        model(**inputs)
+    with pytest.raises(ValueError, match="No task was given"):  # nor of a part of the model that is called by itself
+        model.get_base_model().get_encoder()(inputs["input_ids"])
+    with model.task("rad"):
+        model.get_base_model().get_encoder()(inputs["input_ids"])
+
+
+def test_an_error_inside_a_call_leaves_no_ids_behind():
+    model, inputs = routed("llama"), make_inputs("llama")
+    with pytest.raises(IndexError):
+        model(input_ids=inputs["input_ids"] + 1000, task_ids=IDS)
+    with pytest.raises(ValueError, match="No task was given"):
+        model(**inputs)
+
+
+def test_a_model_with_single_experts_only_needs_no_task():
+    model = routed("llama", num_experts=1)
+    logits(model, make_inputs("llama"))
+
+
+def test_adapter_names_are_refused_and_not_ignored():
+    model, inputs = routed("llama", default_task="icd"), make_inputs("llama")
+    with pytest.raises(ValueError, match="batches that mix adapters are not supported by MoeLoraModel"):
+        model(**inputs, adapter_names=["default"] * 3)
+
+
+def test_task_gates_inside_experts_of_the_base_model_are_refused():
+    class Experts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+
+    config = MoeLoraConfig(target_modules=r".*experts\.0", r=4, num_experts=2)
+    with pytest.raises(ValueError, match=r"'experts\.0' is inside a mixture of experts of the base model"):
+        get_peft_model(Experts(), config)
+    get_peft_model(Experts(), MoeLoraConfig(target_modules=r".*experts\.0", r=4, num_experts=1))
+
+
+# -- generation ---------------------------------------------------------------------------------------------------------
+
+
+def left_padded(lengths=(5, 3, 4)):
+    inputs = make_inputs("llama", batch=len(lengths), seq=max(lengths), labels=False)
+    mask = torch.stack([(torch.arange(max(lengths)) >= max(lengths) - n).long() for n in lengths])
+    return {"input_ids": inputs["input_ids"] * mask, "attention_mask": mask}
+
+
+VARIANTS = [
+    {},
+    {"use_cache": False},
+    {"num_beams": 3},
+    {"num_beams": 2, "num_return_sequences": 2},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "t5"])
+def test_generating_for_a_left_padded_batch_of_tasks_is_as_each_row_alone(name, variant):
+    model = routed(name)
+    inputs = left_padded() if name != "t5" else make_inputs("t5", labels=False)
+    inputs.pop("decoder_input_ids", None)
+    together = model.generate(**inputs, **GENERATE, **variant, task_ids=NAMED)
+    n = len(together) // 3
+    for i, task in enumerate(NAMED):
+        kept = inputs["attention_mask"][i].bool()
+        row = {k: v[i : i + 1, kept] for k, v in inputs.items()}
+        alone = model.generate(**row, **GENERATE, **variant, task_ids=task)
+        assert torch.equal(together[i * n : (i + 1) * n, -6:], alone[:, -6:])
+
+
+def test_sampled_return_sequences_keep_the_task_of_their_row():
+    model = routed("llama")
+    inputs = left_padded()
+    torch.manual_seed(0)
+    together = model.generate(**inputs, **{**GENERATE, "do_sample": True, "top_k": 0}, num_return_sequences=4, task_ids=IDS)
+    ids = torch.tensor(IDS).repeat_interleave(4)
+    mask = torch.cat([inputs["attention_mask"].repeat_interleave(4, 0), torch.ones(12, 6, dtype=torch.long)], 1)
+    scores = logits(model, {"input_ids": together, "attention_mask": mask}, task_ids=ids)
+    torch.manual_seed(0)  # the draws of generate again, from a full forward with the ids repeated by hand
+    for position in range(5, 11):
+        drawn = torch.multinomial(scores[:, position - 1].softmax(-1), 1)[:, 0]
+        assert torch.equal(drawn, together[:, position])
+
+
+def test_every_route_to_generate_brings_the_ids():
+    inputs = left_padded()
+    for task_type in ("CAUSAL_LM", None):
+        model = routed("llama", task_type=task_type)
+        expected = model.generate(**inputs, **GENERATE, task_ids=NAMED)
+        assert torch.equal(model.base_model.generate(**inputs, **GENERATE, task_ids=NAMED), expected)
+        assert torch.equal(model.get_base_model().generate(**inputs, **GENERATE, task_ids=NAMED), expected)
+        with model.task("def"):
+            row = {k: v[:1] for k, v in inputs.items()}
+            assert torch.equal(model.generate(**row, **GENERATE), expected[:1])
+
+
+def test_decoding_with_a_cache_is_the_full_forward():
+    model, inputs = routed("llama"), left_padded()
+    new = model.generate(**inputs, **GENERATE, task_ids=IDS)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(3, 6, dtype=torch.long)], 1)
+    greedy = logits(model, {"input_ids": new, "attention_mask": mask}, task_ids=IDS).argmax(-1)
+    assert torch.equal(greedy[:, 4:-1], new[:, 5:])
+
+
+# -- gradient checkpointing, compile ---------------------------------------------------------------------------------------
+
+
+def gradients_with(name, use_reentrant, losses):
+    model = routed(name, target_modules=None).train()
+    if use_reentrant is not None:
+        model.get_base_model().activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    losses(model).backward()
+    return adapter_gradients(model)
+
+
+def one_forward(model):
+    return model(**make_inputs("llama"), task_ids=IDS).loss
+
+
+def two_forwards(model):
+    """As preference training does: two batches and a reference pass before one backward."""
+    first = model(**make_inputs("llama"), task_ids=IDS).loss
+    with torch.no_grad(), model.disable_adapter(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # reentrant checkpointing without a graph
+        reference = model(**make_inputs("llama", seed=1)).loss
+    second = model(**make_inputs("llama", seed=1), task_ids=0).loss
+    return first * 2 - second + reference
+
+
+def chosen_meanwhile(model):
+    with model.task("def"):
+        loss = model(**make_inputs("llama")).loss
+    model.set_task("icd")
+    return loss
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("losses", [one_forward, two_forwards, chosen_meanwhile])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_checkpointing_gives_the_same_gradients(name, use_reentrant, losses):
+    plain = gradients_with(name, None, losses)
+    again = gradients_with(name, use_reentrant, losses)
+    assert plain.keys() == again.keys()
+    for key in plain:
+        torch.testing.assert_close(again[key], plain[key], rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_model_that_checkpoints_itself_sees_the_ids_of_its_last_forward(use_reentrant):
+    class Checkpointed(torch.nn.Module):
+        def __init__(self, on):
+            super().__init__()
+            torch.manual_seed(0)
+            self.lin, self.on = torch.nn.Linear(4, 4), on
+
+        def forward(self, x):
+            return checkpoint(self.lin, x, use_reentrant=use_reentrant) if self.on else self.lin(x)
+
+    x = torch.randn(3, 4, requires_grad=True)
+    gradients = []
+    for on in (False, True):
+        torch.manual_seed(1)
+        model = get_peft_model(Checkpointed(on), MoeLoraConfig(target_modules=["lin"], init_lora_weights=False, lora_dropout=0.0, default_task=3))
+        model(x, task_ids=IDS).sum().backward()
+        gradients.append(adapter_gradients(model))
+    for key in gradients[0]:
+        torch.testing.assert_close(gradients[1][key], gradients[0][key])
+
+
+def test_a_compiled_model_has_no_breaks_and_no_stale_ids():
+    model, inputs = routed("llama"), make_inputs("llama")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for ids in (torch.tensor(IDS), torch.tensor([0, 0, 1]), torch.tensor([1, 2, 0])):
+        torch.testing.assert_close(logits(compiled, inputs, task_ids=ids), logits(model, inputs, task_ids=ids))
+    for task in TASKS:
+        with model.task(task):
+            torch.testing.assert_close(logits(compiled, inputs), logits(model, inputs))
+
+
+def test_a_compiled_model_trains():
+    eager, compiled = routed("llama").train(), routed("llama").train()
+    inputs = make_inputs("llama")
+    for model, call in ((eager, eager), (compiled, torch.compile(compiled, backend="aot_eager"))):
+        call(**inputs, task_ids=torch.tensor(IDS)).loss.backward()
+        assert adapter_gradients(model)
+    for a, b in zip(adapter_gradients(eager).values(), adapter_gradients(compiled).values(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# -- several adapters, other wrappers -----------------------------------------------------------------------------------------
+
+
+def test_adapters_with_their_own_tasks_take_turns_and_add_up():
+    model, inputs = routed("llama"), make_inputs("llama")
+    model.add_adapter("other", config_for("llama", tasks=["def", "mri"], r=4, num_experts=2))
+    base = logits(make_model("llama"), inputs)
+    first = logits(model, inputs, task_ids="def")
+    with pytest.raises(ValueError, match="Unknown task 'mri'"):
+        logits(model, inputs, task_ids="mri")
+    model.set_adapter("other")
+    second = logits(model, inputs, task_ids="def")
+    logits(model, inputs, task_ids="mri")
+    with pytest.raises(ValueError, match="Unknown task 'rad'"):
+        logits(model, inputs, task_ids="rad")
+    model.base_model.set_adapter(["default", "other"])
+    both = logits(model, inputs, task_ids="def")
+    assert not torch.allclose(both, first, atol=1e-4)
+    assert not torch.allclose(both, second, atol=1e-4)
+    (layer, *_), x = routed_layers(model), torch.randn(3, 5, 32)
+    with model.task("def"), torch.no_grad():
+        expected = layer.base_layer(x) + x @ layer.get_delta_weight("default").T + x @ layer.get_delta_weight("other").T
+        torch.testing.assert_close(layer(x), expected)
+    assert base.shape == both.shape
+
+
+def test_a_tuner_inside_another_is_told_too():
+    inputs = make_inputs("llama")
+    inner = routed("llama", target_modules=["q_proj"])
+    alone = logits(inner, inputs, task_ids=IDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns of wrapping a PeftModel
+        outer = get_peft_model(inner, MoeLoraConfig(target_modules=["gate_proj"], tasks=TASKS)).eval()
+    torch.testing.assert_close(logits(outer, inputs, task_ids=IDS), alone)  # the new bank adds nothing yet
+
+
+def test_accelerate_prepare_keeps_the_ids():
+    from accelerate import Accelerator
+
+    model, inputs = routed("llama"), make_inputs("llama")
+    expected = logits(model, inputs, task_ids=IDS)
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    torch.testing.assert_close(logits(prepared, inputs, task_ids=IDS), expected, rtol=0.1, atol=0.1)
+    with pytest.raises(ValueError, match="No task was given"):
+        logits(prepared, inputs)
+
+
+def test_the_base_model_says_that_it_takes_task_ids_so_that_trainer_keeps_the_column():
+    model = routed("llama")
+    before = inspect.signature(make_model("llama").forward)
+    signature = inspect.signature(model.get_base_model().forward)
+    assert [p for p in signature.parameters if p != "task_ids"] == list(before.parameters)
+    assert "task_ids" in signature.parameters
+    assert inspect.signature(model.unload().forward) == before
