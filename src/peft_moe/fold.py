@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,9 @@ def _read(
         if adapter_name not in source.peft_config:
             raise ValueError(f"adapter_name={adapter_name!r}; the model has {sorted(source.peft_config)}.")
         config = _check(source.peft_config[adapter_name], adapter_name)
-        return config, get_peft_model_state_dict(source, adapter_name=adapter_name)
+        # Not state_dict(), which would copy or unpack a quantised base too.
+        tensors = {n: t.detach() for n, t in chain(source.named_parameters(), source.named_buffers())}
+        return config, get_peft_model_state_dict(source, state_dict=tensors, adapter_name=adapter_name)
     config = _check(PeftConfig.from_pretrained(str(source), **hub_kwargs), source)
     return config, load_peft_weights(str(source), device="cpu", **hub_kwargs)
 
