@@ -37,7 +37,9 @@ def test_a_bank_is_the_weighted_sum_of_its_experts_in_value_and_gradient(ranks, 
     fast, slow = bank(x, weights), loop_over_experts(bank, x, weights)
     torch.testing.assert_close(fast, slow)
     upstream = torch.randn_like(slow)
-    for a, b in zip(torch.autograd.grad(fast, inputs, upstream), torch.autograd.grad(slow, inputs, upstream), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(fast, inputs, upstream), torch.autograd.grad(slow, inputs, upstream), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 

@@ -42,7 +42,9 @@ def test_a_contradiction_is_refused_at_construction(fields, message):
         MoeLoraConfig(**fields)
 
 
-@pytest.mark.parametrize("name", ["use_dora", "layer_replication", "megatron_config", "loftq_config", "ensure_weight_tying"])
+@pytest.mark.parametrize(
+    "name", ["use_dora", "layer_replication", "megatron_config", "loftq_config", "ensure_weight_tying"]
+)
 def test_fields_that_cannot_work_are_absent(name):
     with pytest.raises(TypeError, match=name):
         MoeLoraConfig(**{name: True})

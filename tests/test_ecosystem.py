@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from helpers import adapter_gradients, config_for, logits, routed, routed_layers
 from peft import PeftModel, get_peft_model
-from tiny_models import VOCAB, make_inputs, make_model
+from tiny_models import VOCAB, make_inputs
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
@@ -23,7 +23,13 @@ def rows(task_ids):
 
 
 def arguments(directory, **more):
-    settings = {"max_steps": 2, "per_device_train_batch_size": 3, "report_to": "none", "use_cpu": True, "save_strategy": "no"}
+    settings = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 3,
+        "report_to": "none",
+        "use_cpu": True,
+        "save_strategy": "no",
+    }
     return TrainingArguments(output_dir=str(directory), disable_tqdm=True, **{**settings, **more})
 
 
@@ -54,20 +60,34 @@ def test_trainer_with_accumulation_and_checkpointing_is_trainer_without(tmp_path
     ]
     for setting in settings:
         model = routed("llama")
-        Trainer(model, arguments(tmp_path, optim="sgd", learning_rate=0.1, **setting), train_dataset=rows({"task_ids": [0, 1, 2] * 2})).train()
+        Trainer(
+            model,
+            arguments(tmp_path, optim="sgd", learning_rate=0.1, **setting),
+            train_dataset=rows({"task_ids": [0, 1, 2] * 2}),
+        ).train()
         trained.append({n: p for n, p in model.named_parameters() if p.requires_grad})
     for name, parameter in trained[0].items():
         torch.testing.assert_close(trained[1][name], parameter, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("bits", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}], ids=["nf4", "int8"])
+@pytest.mark.parametrize(
+    "bits", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}], ids=["nf4", "int8"]
+)
 def test_a_quantised_base_trains_generates_saves_and_folds(bits, tmp_path):
     # bitsandbytes' 4-bit blocks need layers of 64 and more
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": VOCAB,
+    }
     LlamaForCausalLM(LlamaConfig(**sizes, pad_token_id=0)).save_pretrained(tmp_path / "base")
 
     def load():
-        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=BitsAndBytesConfig(**bits), dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=BitsAndBytesConfig(**bits), dtype=torch.float32
+        )
 
     torch.manual_seed(0)
     model, inputs = get_peft_model(load(), config_for("llama")), make_inputs("llama")
@@ -75,15 +95,20 @@ def test_a_quantised_base_trains_generates_saves_and_folds(bits, tmp_path):
     model.train()(**inputs, task_ids=IDS).loss.backward()
     assert all(g.abs().sum() > 0 for g in adapter_gradients(model).values())
     model.eval()
-    # before saving: state_dict() of a 4-bit CPU layer, adapter or not, makes bitsandbytes 0.50 change what the layer computes
+    # before saving: state_dict() of a 4-bit CPU layer, adapter or not, makes bitsandbytes 0.50 change what the layer
+    # computes
     together, rad = logits(model, inputs, task_ids=IDS), logits(model, inputs, task_ids="rad")
-    model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], task_ids=IDS, max_new_tokens=2, pad_token_id=0)
+    model.generate(
+        inputs["input_ids"], attention_mask=inputs["attention_mask"], task_ids=IDS, max_new_tokens=2, pad_token_id=0
+    )
     fold(model, tmp_path / "folded", task="rad")
     assert torch.equal(logits(model, inputs, task_ids="rad"), rad)  # folding reads the adapter only
     stock = PeftModel.from_pretrained(load(), tmp_path / "folded").eval()
     torch.testing.assert_close(logits(stock, inputs), rad, rtol=1e-3, atol=1e-4)
     model.save_pretrained(tmp_path / "adapter")
-    assert torch.equal(logits(PeftModel.from_pretrained(load(), tmp_path / "adapter").eval(), inputs, task_ids=IDS), together)
+    assert torch.equal(
+        logits(PeftModel.from_pretrained(load(), tmp_path / "adapter").eval(), inputs, task_ids=IDS), together
+    )
 
 
 def test_an_adapter_goes_to_the_hub_and_comes_back_bit_by_bit(run_with_hub):
@@ -103,14 +128,14 @@ model = get_peft_model(base, config_for("llama")).eval()
 inputs = make_inputs("llama")
 expected = logits(model, inputs, task_ids=[2, 0, 1])
 model.push_to_hub("local/routed", private=True)
-assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained("local/routed").eval(), inputs, task_ids=[2, 0, 1]), expected)
-rad = logits(model, inputs, task_ids="rad")
+assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained("local/routed").eval(), inputs, task_ids=[2, 0, 1]),
+expected) rad = logits(model, inputs, task_ids="rad")
 assert main(["fold", "local/routed", "--task", "rad", "--out", "rad"]) == 0
 stock = PeftModel.from_pretrained(make_model("llama"), "rad").eval()
 assert torch.allclose(logits(stock, inputs), rad, atol=1e-5)
 stock.push_to_hub("local/rad")
-assert torch.equal(logits(PeftModel.from_pretrained(make_model("llama"), "local/rad").eval(), inputs), logits(stock, inputs))
-print("done")
+assert torch.equal(logits(PeftModel.from_pretrained(make_model("llama"), "local/rad").eval(), inputs), logits(stock,
+inputs)) print("done")
 """
     )
     assert done.stdout.strip().endswith("done")
@@ -121,7 +146,9 @@ def test_loading_without_peft_moe_fails_and_importing_it_is_the_remedy(tmp_path)
     load = "from peft import PeftConfig; print(type(PeftConfig.from_pretrained('adapter')).__name__)"
     without = subprocess.run([sys.executable, "-c", load], cwd=tmp_path, capture_output=True, text=True)
     assert "KeyError: 'MOELORA'" in without.stderr
-    with_it = subprocess.run([sys.executable, "-c", f"import peft_moe; {load}"], cwd=tmp_path, capture_output=True, text=True)
+    with_it = subprocess.run(
+        [sys.executable, "-c", f"import peft_moe; {load}"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert with_it.stdout.strip() == "MoeLoraConfig"
 
 
@@ -129,7 +156,9 @@ def test_smollm2_learns_answers_saves_folds_and_merges(smollm2, tmp_path):
     """On a real model: two tasks with the same inputs and different answers, which only the task id tells apart."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     answers = {"icd": " circulatory", "rad": " ultrasound"}
-    config = MoeLoraConfig(task_type="CAUSAL_LM", tasks=list(answers), target_modules="all-linear", lora_dropout=0.0, r=8, num_experts=4)
+    config = MoeLoraConfig(
+        task_type="CAUSAL_LM", tasks=list(answers), target_modules="all-linear", lora_dropout=0.0, r=8, num_experts=4
+    )
     torch.manual_seed(0)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(smollm2), config)
     texts = [f"Atrial fibrillation seen on echo.{answers[task]}" for task in answers]
@@ -153,5 +182,7 @@ def test_smollm2_learns_answers_saves_folds_and_merges(smollm2, tmp_path):
         fold(tmp_path / "adapter", tmp_path / task, task=task)
         stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(smollm2), tmp_path / task).eval()
         torch.testing.assert_close(logits(stock, prompt), expected[task], rtol=1e-3, atol=1e-3)
-    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(smollm2), tmp_path / "adapter").merge_and_unload(task="rad")
+    merged = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(smollm2), tmp_path / "adapter"
+    ).merge_and_unload(task="rad")
     torch.testing.assert_close(logits(merged.eval(), prompt), expected["rad"], rtol=1e-3, atol=1e-3)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import TASKS, TARGETS, config_for, logits, routed
+from helpers import TARGETS, TASKS, config_for, logits, routed
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import make_inputs, make_model
@@ -34,20 +34,37 @@ def test_folding_a_task_gives_the_same_logits_as_routing_it(name, gate_scope, tm
 
 
 def test_mixed_ranks_and_single_experts_fold_to_one_rank(tmp_path):
-    model, inputs = routed("llama", rank_pattern={"q_proj": 4}, alpha_pattern={"v_proj": 5}, num_experts_pattern={"down_proj": 1}), make_inputs("llama")
+    model, inputs = (
+        routed("llama", rank_pattern={"q_proj": 4}, alpha_pattern={"v_proj": 5}, num_experts_pattern={"down_proj": 1}),
+        make_inputs("llama"),
+    )
     out = fold(model, tmp_path / "f", task="rad")
-    torch.testing.assert_close(folded_logits(out, "llama", inputs), logits(model, inputs, task_ids="rad"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        folded_logits(out, "llama", inputs), logits(model, inputs, task_ids="rad"), rtol=1e-4, atol=1e-5
+    )
     config = json.loads((out / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == ("LORA", 8, 8, {}, {})
+    assert (
+        config["peft_type"],
+        config["r"],
+        config["lora_alpha"],
+        config["rank_pattern"],
+        config["alpha_pattern"],
+    ) == ("LORA", 8, 8, {}, {})
     state = load_file(out / "adapter_model.safetensors")
     assert all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in state)
-    assert {t.shape[0] for k, t in state.items() if "lora_A" in k} == {t.shape[1] for k, t in state.items() if "lora_B" in k} == {8}
+    assert (
+        {t.shape[0] for k, t in state.items() if "lora_A" in k}
+        == {t.shape[1] for k, t in state.items() if "lora_B" in k}
+        == {8}
+    )
 
 
 def test_several_tasks_fold_to_their_mean(tmp_path):
     model, inputs = routed("llama"), make_inputs("llama")
     out = fold(model, tmp_path / "f", task=["icd", "def"])
-    torch.testing.assert_close(folded_logits(out, "llama", inputs), logits(model, inputs, task_ids=[["icd", "def"]] * 3), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        folded_logits(out, "llama", inputs), logits(model, inputs, task_ids=[["icd", "def"]] * 3), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_folded_adapter_loads_where_peft_moe_is_not_installed(tmp_path):
@@ -65,14 +82,18 @@ with torch.no_grad():
     torch.save(model(**torch.load("inputs.pt")).logits, "logits.pt")
 """
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model, inputs, task_ids="rad"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.load(tmp_path / "logits.pt"), logits(model, inputs, task_ids="rad"), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_classification_head_comes_along(tmp_path):
     model, inputs = routed("bert"), make_inputs("bert")
     model.base_model.model.classifier.modules_to_save["default"].weight.data.normal_()
     out = fold(model, tmp_path / "f", task="icd")
-    torch.testing.assert_close(folded_logits(out, "bert", inputs), logits(model, inputs, task_ids="icd"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        folded_logits(out, "bert", inputs), logits(model, inputs, task_ids="icd"), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_other_adapter_of_a_model_can_be_folded(tmp_path):
@@ -80,7 +101,9 @@ def test_the_other_adapter_of_a_model_can_be_folded(tmp_path):
     model.add_adapter("second", config_for("llama", tasks=["x"]))
     out = fold(model, tmp_path / "f", task="x", adapter_name="second")
     model.set_adapter("second")
-    torch.testing.assert_close(folded_logits(out, "llama", inputs), logits(model, inputs, task_ids="x"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        folded_logits(out, "llama", inputs), logits(model, inputs, task_ids="x"), rtol=1e-4, atol=1e-5
+    )
     with pytest.raises(ValueError, match=r"adapter_name='third'; the model has \['default', 'second'\]"):
         fold(model, tmp_path / "g", task="x", adapter_name="third")
 
@@ -111,7 +134,8 @@ def test_only_adapters_with_tasks_can_be_folded(tmp_path):
     assert not (tmp_path / "f").exists()
 
 
-# -- the command ---------------------------------------------------------------------------------------------------------
+# -- the command
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

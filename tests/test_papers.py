@@ -29,17 +29,25 @@ def moelora_equation(x, tasks, w0, bias, a, b, embedding, w_t, alpha, num_expert
 @pytest.mark.parametrize("batch_seq", [(3, 5), (3, 3), (3, 1)])  # batch = sequence is where a wrong axis goes unnoticed
 def test_moelora_is_its_equation_in_value_and_gradient(gate_scope, batch_seq):
     torch.manual_seed(0)
-    config = config_for("llama", task_type=None, target_modules=["0"], r=6, num_experts=3, lora_alpha=9, gate_scope=gate_scope)
+    config = config_for(
+        "llama", task_type=None, target_modules=["0"], r=6, num_experts=3, lora_alpha=9, gate_scope=gate_scope
+    )
     model = get_peft_model(nn.Sequential(nn.Linear(7, 4)), config).double()
     (layer,) = routed_layers(model)
     bank, gate = layer.moelora_bank["default"], layer.router_of("default").gate
     x = torch.randn(*batch_seq, 7, dtype=torch.double, requires_grad=True)
     parameters = (x, bank.lora_A.weight, bank.lora_B.weight, gate.embedding.weight, gate.proj.weight)
     ours = model(x, task_ids=[2, 0, 1])
-    equation = moelora_equation(x, [2, 0, 1], layer.base_layer.weight, layer.base_layer.bias, *parameters[1:], alpha=9, num_experts=3)
+    equation = moelora_equation(
+        x, [2, 0, 1], layer.base_layer.weight, layer.base_layer.bias, *parameters[1:], alpha=9, num_experts=3
+    )
     torch.testing.assert_close(ours, equation)
     upstream = torch.randn_like(ours)
-    gradients = zip(torch.autograd.grad(ours, parameters, upstream), torch.autograd.grad(equation, parameters, upstream), strict=True)
+    gradients = zip(
+        torch.autograd.grad(ours, parameters, upstream),
+        torch.autograd.grad(equation, parameters, upstream),
+        strict=True,
+    )
     for a, b in gradients:
         torch.testing.assert_close(a, b)
 
@@ -51,7 +59,12 @@ def test_one_expert_is_stock_lora_with_the_same_weights(name, alpha):
     config = config_for(name, num_experts=1, r=8, lora_alpha=alpha, lora_dropout=0.1)
     ours = get_peft_model(make_model(name), config).train()
     stock_config = LoraConfig(
-        task_type=TASK_TYPES[name], r=8, lora_alpha=alpha, lora_dropout=0.1, target_modules=config.target_modules, fan_in_fan_out=name == "gpt2"
+        task_type=TASK_TYPES[name],
+        r=8,
+        lora_alpha=alpha,
+        lora_dropout=0.1,
+        target_modules=config.target_modules,
+        fan_in_fan_out=name == "gpt2",
     )
     stock = get_peft_model(make_model(name), stock_config).train()
     for (path, layer), twin in zip(
@@ -73,7 +86,10 @@ def test_one_expert_is_stock_lora_with_the_same_weights(name, alpha):
     assert difference <= (0 if alpha == 16 else 1e-6 * max(1, outputs[1].logits.abs().max()))
     outputs[0].loss.backward()
     outputs[1].loss.backward()
-    gradients = [p.grad for n, p in ours.named_parameters() if "lora_A" in n], [p.grad for n, p in stock.named_parameters() if "lora_A" in n]
+    gradients = (
+        [p.grad for n, p in ours.named_parameters() if "lora_A" in n],
+        [p.grad for n, p in stock.named_parameters() if "lora_A" in n],
+    )
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
@@ -102,7 +118,11 @@ def test_a_layer_has_as_many_parameters_as_a_lora_of_the_total_rank_and_there_is
 def test_dropping_experts_in_some_layers_leaves_one_gate_per_count():
     model = routed("llama", num_experts_pattern={"q_proj": 1, "v_proj": 2})
     assert set(model.base_model.moelora_router["default"]) == {"2", "4"}
-    assert {n: (len(m.moelora_bank["default"].ranks)) for n, m in model.named_modules() if hasattr(m, "moelora_bank") and "layers.0" in n} == {
+    assert {
+        n: (len(m.moelora_bank["default"].ranks))
+        for n, m in model.named_modules()
+        if hasattr(m, "moelora_bank") and "layers.0" in n
+    } == {
         "base_model.model.model.layers.0.self_attn.q_proj": 1,
         "base_model.model.model.layers.0.self_attn.v_proj": 2,
         "base_model.model.model.layers.0.mlp.gate_proj": 4,

@@ -78,12 +78,19 @@ def test_the_gate_is_the_softmax_of_the_projected_embedding():
 def test_several_tasks_are_the_mean_of_their_embeddings():
     gate = make_router().gate
     e, w = gate.embedding.weight, gate.proj.weight
-    torch.testing.assert_close(gate(torch.tensor([[0, 2, -1], [1, -1, -1]])), torch.stack([(e[0] + e[2]) / 2, e[1]]) @ w.T)
+    torch.testing.assert_close(
+        gate(torch.tensor([[0, 2, -1], [1, -1, -1]])), torch.stack([(e[0] + e[2]) / 2, e[1]]) @ w.T
+    )
 
 
 @pytest.mark.parametrize(
     ("shape", "rows"),
-    [((3, 7), [0, 1, 2]), ((3, 5, 7), [0, 1, 2]), ((6, 5, 7), [0, 0, 1, 1, 2, 2]), ((12, 7), [0] * 4 + [1] * 4 + [2] * 4)],
+    [
+        ((3, 7), [0, 1, 2]),
+        ((3, 5, 7), [0, 1, 2]),
+        ((6, 5, 7), [0, 0, 1, 1, 2, 2]),
+        ((12, 7), [0] * 4 + [1] * 4 + [2] * 4),
+    ],
 )
 def test_weights_follow_the_rows_of_the_batch(shape, rows):
     router = make_router()

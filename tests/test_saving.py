@@ -38,7 +38,9 @@ def test_train_save_load_merge_give_the_same_outputs(name, gate_scope, tmp_path)
         assert torch.equal(logits(loaded, inputs, task_ids=IDS), expected)
         assert not any(p.requires_grad for p in loaded.parameters())
     for i, task in enumerate(TASKS):
-        merged = PeftModel.from_pretrained(make_model(name), tmp_path).eval().merge_and_unload(safe_merge=i == 0, task=task)
+        merged = (
+            PeftModel.from_pretrained(make_model(name), tmp_path).eval().merge_and_unload(safe_merge=i == 0, task=task)
+        )
         of_task = logits(model, inputs, task_ids=task)
         torch.testing.assert_close(logits(merged, inputs), of_task, rtol=1e-4, atol=1e-5)
         assert not routed_layers(merged)
@@ -136,7 +138,8 @@ def test_an_adapter_name_that_collides_with_our_keys_is_refused(name):
         get_peft_model(make_model("llama"), config_for("llama"), adapter_name=name)
 
 
-# -- merging -----------------------------------------------------------------------------------------------------------------
+# -- merging
+# -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -173,7 +176,10 @@ def test_merging_takes_the_chosen_or_the_default_task_or_several():
 
 
 @pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
-@pytest.mark.parametrize(("task", "message"), [({}, r"none was chosen; pass task= with one of 'icd' \(0\)"), ({"task": "mri"}, "Unknown task 'mri'")])
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [({}, r"none was chosen; pass task= with one of 'icd' \(0\)"), ({"task": "mri"}, "Unknown task 'mri'")],
+)
 def test_merging_without_a_task_merges_nothing(how, task, message):
     model, inputs = routed("llama", num_experts_pattern={"q_proj": 1}), make_inputs("llama")
     before = logits(model, inputs, task_ids=IDS)
@@ -210,17 +216,30 @@ def test_unloading_gives_back_the_base_model():
     base = routed("llama").unload()
     assert torch.equal(logits(base, inputs), logits(make_model("llama"), inputs))
     assert type(base).forward is base.forward.__func__
-    get_peft_model(base, config_for("llama"))(**inputs, task_ids=IDS)  # and that can be extended anew, without a warning
+    get_peft_model(base, config_for("llama"))(
+        **inputs, task_ids=IDS
+    )  # and that can be extended anew, without a warning
 
 
-# -- what else peft users have --------------------------------------------------------------------------------------------------
+# -- what else peft users have
+# --------------------------------------------------------------------------------------------------
 
 
 def test_model_status_is_that_of_a_stock_adapter():
-    ours, stock = routed("llama"), get_peft_model(make_model("llama"), LoraConfig(target_modules=config_for("llama").target_modules))
+    ours, stock = (
+        routed("llama"),
+        get_peft_model(make_model("llama"), LoraConfig(target_modules=config_for("llama").target_modules)),
+    )
     status, expected = ours.get_model_status(), stock.get_model_status()
     assert status.peft_types == {"default": "MOELORA"}
-    for field in ("num_adapter_layers", "enabled", "active_adapters", "merged_adapters", "requires_grad", "available_adapters"):
+    for field in (
+        "num_adapter_layers",
+        "enabled",
+        "active_adapters",
+        "merged_adapters",
+        "requires_grad",
+        "available_adapters",
+    ):
         assert getattr(status, field) == getattr(expected, field)
 
 
@@ -254,7 +273,10 @@ def test_target_modules_choose_what_they_choose_in_peft(fields, targeted):
     [
         ({"target_modules": ["nope"]}, "nope"),
         ({"target_modules": ["embed_tokens"]}, "'model.embed_tokens' is a Embedding, which is not supported"),
-        ({"rank_pattern": {"down_proj": 6}}, "r=6 does not split over num_experts=4 at 'model.layers.0.mlp.down_proj'; use r=8"),
+        (
+            {"rank_pattern": {"down_proj": 6}},
+            "r=6 does not split over num_experts=4 at 'model.layers.0.mlp.down_proj'; use r=8",
+        ),
     ],
 )
 def test_what_cannot_be_injected_leaves_the_model_alone(fields, message):
@@ -279,4 +301,9 @@ def test_a_custom_model_must_say_its_targets():
 def test_the_file_says_all_that_loading_needs(tmp_path):
     routed("gpt2", tasks=["b", "a"], default_task="a", gate_scope="layer").save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (saved["tasks"], saved["default_task"], saved["gate_scope"], saved["fan_in_fan_out"]) == (["b", "a"], "a", "layer", True)
+    assert (saved["tasks"], saved["default_task"], saved["gate_scope"], saved["fan_in_fan_out"]) == (
+        ["b", "a"],
+        "a",
+        "layer",
+        True,
+    )

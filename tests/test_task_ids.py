@@ -76,19 +76,27 @@ def test_a_row_can_have_several_tasks():
     torch.testing.assert_close(several, logits(model, inputs, task_ids=["icd", "rad", "rad"]))
 
 
-# -- what a call without ids does ---------------------------------------------------------------------------------------
+# -- what a call without ids does
+# ---------------------------------------------------------------------------------------
 
 
 def test_a_call_without_a_task_is_an_error_that_lists_them_and_says_how():
     model, inputs = routed("llama"), make_inputs("llama")
     for call in (model, model.get_base_model(), lambda **kw: model.generate(kw["input_ids"], max_new_tokens=1)):
-        with pytest.raises(ValueError, match=r"No task was given.*'icd' \(0\), 'rad' \(1\), 'def' \(2\): pass task_ids= .*set_task.*default_task"):
+        with pytest.raises(
+            ValueError,
+            match=r"No task was given.*'icd' \(0\), 'rad' \(1\), 'def' \(2\): pass task_ids= .*set_task.*default_task",
+        ):
             call(**inputs)
 
 
 @pytest.mark.parametrize(
     ("ids", "message"),
-    [("mri", "Unknown task 'mri'"), ([0, 1], "2 entries and the batch has 3 rows"), ([0] * 6, "6 entries and the batch has 3 rows")],
+    [
+        ("mri", "Unknown task 'mri'"),
+        ([0, 1], "2 entries and the batch has 3 rows"),
+        ([0] * 6, "6 entries and the batch has 3 rows"),
+    ],
 )
 def test_wrong_ids_are_an_error_before_anything_runs(ids, message):
     model, inputs = routed("llama"), make_inputs("llama")
@@ -139,7 +147,9 @@ def test_choosing_an_unknown_task_is_an_error_and_changes_nothing(choose):
 
 def test_training_on_the_default_task_warns_once_and_says_what_may_have_been_lost():
     model, inputs = routed("llama", default_task="icd").train(), make_inputs("llama")
-    with pytest.warns(UserWarning, match=r"Training without task_ids: every row is routed as default_task='icd'.*TaskCollator"):
+    with pytest.warns(
+        UserWarning, match=r"Training without task_ids: every row is routed as default_task='icd'.*TaskCollator"
+    ):
         model(**inputs)
     model(**inputs)  # once is enough
     quiet = routed("llama", default_task="icd").train()
@@ -190,7 +200,8 @@ def test_task_gates_inside_experts_of_the_base_model_are_refused():
     get_peft_model(Experts(), MoeLoraConfig(target_modules=r".*experts\.0", r=4, num_experts=1))
 
 
-# -- generation ---------------------------------------------------------------------------------------------------------
+# -- generation
+# ---------------------------------------------------------------------------------------------------------
 
 
 def left_padded(lengths=(5, 3, 4)):
@@ -226,7 +237,9 @@ def test_sampled_return_sequences_keep_the_task_of_their_row():
     model = routed("llama")
     inputs = left_padded()
     torch.manual_seed(0)
-    together = model.generate(**inputs, **{**GENERATE, "do_sample": True, "top_k": 0}, num_return_sequences=4, task_ids=IDS)
+    together = model.generate(
+        **inputs, **{**GENERATE, "do_sample": True, "top_k": 0}, num_return_sequences=4, task_ids=IDS
+    )
     ids = torch.tensor(IDS).repeat_interleave(4)
     mask = torch.cat([inputs["attention_mask"].repeat_interleave(4, 0), torch.ones(12, 6, dtype=torch.long)], 1)
     scores = logits(model, {"input_ids": together, "attention_mask": mask}, task_ids=ids)
@@ -256,7 +269,8 @@ def test_decoding_with_a_cache_is_the_full_forward():
     assert torch.equal(greedy[:, 4:-1], new[:, 5:])
 
 
-# -- gradient checkpointing, compile ---------------------------------------------------------------------------------------
+# -- gradient checkpointing, compile
+# ---------------------------------------------------------------------------------------
 
 
 def gradients_with(name, use_reentrant, losses):
@@ -275,7 +289,9 @@ def two_forwards(model):
     """As preference training does: two batches and a reference pass before one backward."""
     first = model(**make_inputs("llama"), task_ids=IDS).loss
     with torch.no_grad(), model.disable_adapter(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # reentrant checkpointing without a graph
+        warnings.filterwarnings(
+            "ignore", "None of the inputs have requires_grad"
+        )  # reentrant checkpointing without a graph
         reference = model(**make_inputs("llama", seed=1)).loss
     second = model(**make_inputs("llama", seed=1), task_ids=0).loss
     return first * 2 - second + reference
@@ -314,7 +330,10 @@ def test_a_model_that_checkpoints_itself_sees_the_ids_of_its_last_forward(use_re
     gradients = []
     for on in (False, True):
         torch.manual_seed(1)
-        model = get_peft_model(Checkpointed(on), MoeLoraConfig(target_modules=["lin"], init_lora_weights=False, lora_dropout=0.0, default_task=3))
+        model = get_peft_model(
+            Checkpointed(on),
+            MoeLoraConfig(target_modules=["lin"], init_lora_weights=False, lora_dropout=0.0, default_task=3),
+        )
         model(x, task_ids=IDS).sum().backward()
         gradients.append(adapter_gradients(model))
     for key in gradients[0]:
@@ -341,7 +360,8 @@ def test_a_compiled_model_trains():
         torch.testing.assert_close(a, b)
 
 
-# -- several adapters, other wrappers -----------------------------------------------------------------------------------------
+# -- several adapters, other wrappers
+# -----------------------------------------------------------------------------------------
 
 
 def test_adapters_with_their_own_tasks_take_turns_and_add_up():

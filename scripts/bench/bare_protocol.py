@@ -2,8 +2,9 @@
 
     python scripts/bench/bare_protocol.py --output runs/bare
 
-Trains MOELoRA and a stock LoRA of the same total rank with the same rows, order, steps and learning rate, scores the test split
-per task, and writes results.json and table.md to the output folder. Finished runs are not repeated. The two train side by side
+Trains MOELoRA and a stock LoRA of the same total rank with the same rows, order, steps and learning rate, scores the
+test split per task, and writes results.json and table.md to the output folder. Finished runs are not repeated. The two
+train side by side
 with one thread each: about 25 minutes on two free cores.
 """
 

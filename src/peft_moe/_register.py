@@ -1,12 +1,14 @@
-"""Makes peft know our tuner types: the only file that writes into peft, and it writes entries of peft's lookup tables only."""
+"""Makes peft know our tuner types: the only file that writes into peft, and only into peft's lookup tables."""
 
 from importlib.metadata import version
+from typing import cast
 
 from packaging.version import Version
 
 OLDEST_PEFT, FIRST_UNTRIED_PEFT = "0.21.0", "0.22"
 
-# Checked before anything of peft is imported, so that a stranger version meets this sentence and not an ImportError from inside.
+# Checked before anything of peft is imported, so that a stranger version meets this sentence and not an ImportError
+# from inside.
 _installed = version("peft")
 if not Version(OLDEST_PEFT) <= Version(_installed) < Version(FIRST_UNTRIED_PEFT):
     raise ImportError(
@@ -21,6 +23,7 @@ from peft.mapping import (  # noqa: E402
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 from peft.tuners.tuners_utils import BaseTuner  # noqa: E402
+from peft.utils.peft_types import PeftType  # noqa: E402
 
 from .config import PeftMoeType  # noqa: E402
 
@@ -30,17 +33,19 @@ __all__ = ["PeftMoeType", "register"]
 def register(peft_type: PeftMoeType, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
     """Enter a tuner type into peft's tables; doing it again (a reload) replaces our own entry.
 
-    peft's `register_peft_method` only takes members of its own `PeftType` enum, and adding one would change a class of peft.
+    peft's `register_peft_method` only takes members of its own `PeftType` enum, and adding one would change a class of
+    peft.
 
     Raises:
         KeyError: somebody else has registered a type of this name.
     """
-    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
+    key = cast(PeftType, peft_type)  # peft looks its tables up by string, and ours hashes like one
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(key)
     if known is not None and known.__module__ != config_cls.__module__:
         raise KeyError(
             f"peft type {peft_type.value!r} is taken by {known.__module__}.{known.__qualname__}; "
             "uninstall that package or do not import it beside peft_moe."
         )
-    PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = model_cls.prefix
-    PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
-    PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
+    PEFT_TYPE_TO_PREFIX_MAPPING[key] = model_cls.prefix
+    PEFT_TYPE_TO_CONFIG_MAPPING[key] = config_cls
+    PEFT_TYPE_TO_TUNER_MAPPING[key] = model_cls

@@ -13,9 +13,10 @@ from torch import nn
 
 
 class ExpertBank(nn.Module):
-    """E LoRA experts stored as one LoRA of rank R: `B · (s ⊙ (A · dropout(x)))`, with s the experts' weights times `scaling`.
+    """E LoRA experts stored as one LoRA of rank R: `B · (s ⊙ (A · dropout(x)))`, s the scaled weights of the experts.
 
-    The rows of `lora_A.weight` (R, in) and the columns of `lora_B.weight` (out, R) belong to expert 0, then expert 1, and so on.
+    The rows of `lora_A.weight` (R, in) and the columns of `lora_B.weight` (out, R) belong to expert 0, then expert 1,
+    and so on.
 
     Args:
         in_features, out_features: sizes of the linear layer that the bank extends.
@@ -44,7 +45,7 @@ class ExpertBank(nn.Module):
         """Draw new weights: B is zero, so that the bank adds nothing, unless `init` is False.
 
         Args:
-            init: `"normal"` A ~ N(0, 0.01²); `"kaiming"` A as in peft's LoRA; `"gaussian"` A ~ N(0, 1/r_i²), peft's word;
+            init: `"normal"` A ~ N(0, 0.01²); `"kaiming"` A as in peft's LoRA; `"gaussian"` A ~ N(0, 1/r_i²);
                 False: A and B kaiming uniform, a bank that does change the output (for tests).
         """
         if init == "normal":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -54,7 +55,8 @@ class MoeConfig(PeftConfig):
         bias: only `"none"`: a bias cannot be given to one expert, nor be folded per task.
 
     Raises:
-        ValueError: a value out of range or fields that contradict each other; the message has the value, the rule and a remedy.
+        ValueError: a value out of range or fields that contradict each other; the message has the value, the rule and a
+        remedy.
     """
 
     target_modules: list[str] | str | None = None
@@ -91,11 +93,11 @@ class MoeConfig(PeftConfig):
                 if getattr(self, name) is not None:
                     raise ValueError(
                         f"{name}={getattr(self, name)!r} selects among listed modules, and target_modules="
-                        f"{self.target_modules!r} is a string; give target_modules as a list, or put the layers into the regex."
+                        f"{self.target_modules!r} is a string; give a list, or put the layers into the regex."
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} names the list that layers_to_transform indexes, and that is None; "
+                f"layers_pattern={self.layers_pattern!r} names the list that layers_to_transform indexes; "
                 "give layers_to_transform too, or neither."
             )
 
@@ -105,10 +107,12 @@ class MoeConfig(PeftConfig):
         for name, value in self.rank_pattern.items():
             check_count(f"rank_pattern[{name!r}]", value, "a rank")
         if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout} is a probability; give a number from 0 up to, not including, 1.")
-        for name, value in [("lora_alpha", self.lora_alpha), *self.alpha_pattern.items()]:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ValueError(f"{name}={value!r} scales the adapter; give a number above 0.")
+            raise ValueError(
+                f"lora_dropout={self.lora_dropout} is a probability; give a number from 0 up to, not including, 1."
+            )
+        for name, alpha in [("lora_alpha", self.lora_alpha), *self.alpha_pattern.items()]:
+            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+                raise ValueError(f"{name}={alpha!r} scales the adapter; give a number above 0.")
         if not any(self.init_lora_weights is i or self.init_lora_weights == i for i in INITS):
             raise ValueError(f"init_lora_weights={self.init_lora_weights!r} is not known; use one of {INITS}.")
         if self.bias != "none":
@@ -120,16 +124,23 @@ class MoeConfig(PeftConfig):
         Raises:
             ValueError: rank and number of experts of that module do not fit.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how its experts are made; use one of its subclasses.")
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say how its experts are made; use one of its subclasses."
+        )
+
+    @property
+    def task_names(self) -> list[str]:
+        """Names of the tasks by id; none where routing does not depend on a task."""
+        return []
 
     def _scaling(self, key: str, rank: int) -> float:
         alpha = self.at(self.alpha_pattern, key, self.lora_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     @staticmethod
-    def at(pattern: dict[str, float], key: str, default: float) -> float:
+    def at(pattern: Mapping[str, float], key: str, default: float) -> float:
         """The value of a `*_pattern` field for the module at `key`, matched as peft matches its own."""
-        return pattern.get(get_pattern_key(pattern.keys(), key), default)
+        return pattern.get(get_pattern_key(list(pattern), key), default)
 
 
 def check_count(name: str, value: object, what: str) -> None:
@@ -142,4 +153,8 @@ def warn_unmatched(pattern: dict[str, int], keys: list[str]) -> None:
     """Warn of `num_experts_pattern` keys that no targeted module has, as peft does for `rank_pattern`."""
     unmatched = [p for p in pattern if not any(get_pattern_key([p], key) == p for key in keys)]
     if unmatched:
-        warnings.warn(f"num_experts_pattern keys {unmatched} match no targeted module and have no effect.", RuntimeWarning)
+        warnings.warn(
+            f"num_experts_pattern keys {unmatched} match no targeted module and have no effect.",
+            RuntimeWarning,
+            stacklevel=2,
+        )

@@ -1,8 +1,9 @@
 """Where task ids enter a model: the border with peft's and transformers' calls.
 
-peft's `PeftModelFor*.forward` have a `task_ids` argument of their own and pass it on for one other method only; transformers'
-`generate` refuses arguments it does not know, and its Trainer drops columns that the base model's forward does not name. So
-the instances (not the classes) get a `forward`, and the base model a `generate`, that take `task_ids` and hand on the rest.
+peft's `PeftModelFor*.forward` have a `task_ids` argument of their own and pass it on for one other method only;
+transformers' `generate` refuses arguments it does not know, and its Trainer drops columns that the base model's forward
+does not name. So the instances (not the classes) get a `forward`, and the base model a `generate`, that take `task_ids`
+and hand on the rest.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class TaskIdsEntry:
             task_ids, active=self.tuner.active_adapters, batch_size=batch_size, device=device, training=training
         ):
             if isinstance(self.replaced, TaskIdsEntry):  # a tuner inside a tuner is told the same
-                kwargs["task_ids"] = context.current.told
+                kwargs["task_ids"] = context.told
             if self.replaced is not None:
                 return self.replaced(*args, **kwargs)
             return getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
@@ -74,14 +75,14 @@ class TaskIdsEntry:
         signature = inspect.signature(method)
         if "task_ids" in signature.parameters:
             return signature
-        *others, last = [*signature.parameters.values()] or [None]
-        added = inspect.Parameter("task_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
-        last_two = [added, last] if last is not None and last.kind is last.VAR_KEYWORD else [last, added]
-        return signature.replace(parameters=[p for p in (*others, *last_two) if p is not None])
+        parameters = list(signature.parameters.values())
+        at = -1 if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else len(parameters)
+        parameters.insert(at, inspect.Parameter("task_ids", inspect.Parameter.KEYWORD_ONLY, default=None))
+        return signature.replace(parameters=parameters)
 
 
 class Recomputation:
-    """Stands before a module's checkpoint function: what it runs again in backward runs with the ids of its own forward."""
+    """Stands before a module's checkpoint function, so that what runs again in backward has the ids of its forward."""
 
     def __init__(self, checkpoint: Callable[..., Any], context: RoutingContext) -> None:
         self.checkpoint, self.context = checkpoint, context
@@ -105,8 +106,9 @@ def keep_ids_through_checkpointing(model: nn.Module, context: RoutingContext) ->
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-            if checkpoint is not None and not (isinstance(checkpoint, Recomputation) and checkpoint.context is context):
-                module._gradient_checkpointing_func = Recomputation(checkpoint, context)
+            ours = isinstance(checkpoint, Recomputation) and checkpoint.context is context
+            if callable(checkpoint) and not ours:
+                vars(module)["_gradient_checkpointing_func"] = Recomputation(checkpoint, context)
 
 
 def _rows(owner: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int | None, torch.device | None]:

@@ -1,7 +1,8 @@
 """Folding: a routed adapter under one task, written as a stock LoRA that needs no peft_moe to load.
 
-For task j the adapter is `Σ_i ω_ji B_i A_i` times the scaling, so A is kept, the columns of expert i of B are multiplied by ω_ji
-and the scaling, and a LoRA of the same rank with `lora_alpha = r` gives the same numbers (arXiv 2310.18339, section III).
+For task j the adapter is `Σ_i ω_ji B_i A_i` times the scaling, so A is kept, the columns of expert i of B are
+multiplied by ω_ji and the scaling, and a LoRA of the same rank with `lora_alpha = r` gives the same numbers (arXiv
+2310.18339, section III).
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from safetensors.torch import save_file
 from torch.nn.functional import pad
 
 from .bank import ExpertBank
-from .config import MoeConfig
 from .moelora.config import MoeLoraConfig
 from .moelora.model import new_router
 from .routing import encode_tasks
@@ -47,9 +47,10 @@ def fold(
 ) -> Path:
     """Write the adapter under one task as a stock LoRA directory.
 
-    The directory holds what any peft can load without peft_moe: `lora_A` and `lora_B` with the scaling inside, `lora_alpha = r`,
-    one rank throughout (smaller banks are filled up with zeros, because some servers know one rank and one alpha only). Modules
-    in `modules_to_save` and trained token embeddings come along if the adapter has them; vLLM and llama.cpp do not take those.
+    The directory holds what any peft can load without peft_moe: `lora_A` and `lora_B` with the scaling inside,
+    `lora_alpha = r`, one rank throughout (smaller banks are filled up with zeros, because some servers know one rank
+    and one alpha only). Modules in `modules_to_save` and trained token embeddings come along if the adapter has them;
+    vLLM and llama.cpp do not take those.
 
     Args:
         source: a model with the adapter, or a directory or Hub id to read it from; the base model is not needed.
@@ -87,14 +88,14 @@ def fold(
 
 @torch.no_grad()
 def fold_state_dict(
-    config: MoeConfig, state_dict: dict[str, torch.Tensor], task: Task | Sequence[Task]
+    config: MoeLoraConfig, state_dict: dict[str, torch.Tensor], task: Task | Sequence[Task]
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """Config and state dict of the stock LoRA that an adapter is under one task; both state dicts as peft saves them."""
     banks = {m["key"]: state_dict[name] for name in state_dict if (m := BANK.match(name))}
     if not banks:
-        raise ValueError("The adapter holds no bank of experts (no '….moelora_bank.lora_A.weight' in its state dict).")
+        raise ValueError("The adapter holds no experts: no '….moelora_bank.lora_A.weight'.")
     several = isinstance(task, Sequence) and not isinstance(task, str)
-    ids = encode_tasks([task] if several else task, config.task_names)  # type: ignore[list-item, arg-type]
+    ids = encode_tasks([task] if several else task, config.task_names)
     rank = max(a.shape[0] for a in banks.values())
     folded = {}
     for key in banks:
@@ -146,20 +147,30 @@ def _read(
 
 def _check(config: PeftConfig, source: object) -> MoeLoraConfig:
     if not isinstance(config, MoeLoraConfig):
-        raise ValueError(f"{str(source)!r} is a {config.peft_type} adapter; fold takes MOELORA adapters, which have tasks.")
+        raise ValueError(
+            f"{str(source)!r} is a {config.peft_type} adapter; fold takes MOELORA adapters, which have tasks."
+        )
     return config
 
 
 def _card(config: MoeLoraConfig, lora_config: LoraConfig, task: Task | Sequence[Task]) -> str:
     """The README of a folded adapter."""
-    base = config.base_model_name_or_path or "the base model"
-    data = ModelCardData(base_model=config.base_model_name_or_path, library_name="peft", tags=["lora", "peft-moe"])
-    return str(
-        ModelCard(
-            f"---\n{data.to_yaml()}\n---\n\n# LoRA for task {task!r}\n\n"
-            f"One task of a {config.peft_type.value} adapter with the tasks {', '.join(config.task_names)}, folded by peft_moe into a "
-            f"stock LoRA of rank {lora_config.r}. It gives the same outputs as the adapter with `task_ids={task!r}` and needs only "
-            f"peft:\n\n```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, "
-            f'"path/to/this/directory")  # base_model: {base}\n```\n'
-        )
-    )
+    base = config.base_model_name_or_path
+    data = ModelCardData(base_model=base, library_name="peft", tags=["lora", "peft-moe"])
+    text = f"""---
+{data.to_yaml()}
+---
+
+# LoRA for task {task!r}
+
+One task of a MOELoRA adapter with the tasks {", ".join(config.task_names)}, folded by peft_moe into a stock LoRA of
+rank {lora_config.r}. It gives the same outputs as the adapter with `task_ids={task!r}` and needs
+only peft:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/directory")  # base_model: {base or "the adapter's"}
+```
+"""
+    return str(ModelCard(text))

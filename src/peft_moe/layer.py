@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -44,11 +44,12 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         self.moelora_bank = nn.ModuleDict()
         self.moelora_router = nn.ModuleDict()
         self.shared_routers: dict[str, Router] = {}  # registered on the tuner, so not here: a parameter has one name
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = cast(tuple[int, int], _get_in_out_features(self.get_base_layer()))
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
         self.cast_input_dtype_enabled = True
         self.merged_adapters: list[str] = []
-        self._merged_weights: dict[str, torch.Tensor | None] = {}  # what to take out again, whatever was trained meanwhile
+        # what to take out again, whatever is trained meanwhile
+        self._merged_weights: dict[str, torch.Tensor | None] = {}
         self._disable_adapters = False
         self._active_adapter: str | list[str] = adapter_name
         self.train(base_layer.training)
@@ -57,7 +58,8 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         """Add an adapter. A shared router is held by reference; no router is a plain LoRA."""
         self.moelora_bank[adapter_name] = bank.train(self.training)
         if router is not None:
-            (self.shared_routers if shared else self.moelora_router)[adapter_name] = router  # type: ignore[index]
+            routers: Any = self.shared_routers if shared else self.moelora_router
+            routers[adapter_name] = router
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
@@ -72,7 +74,7 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         dtype = result.dtype
         for adapter in self.active_adapters:
             if adapter in self.moelora_bank:
-                bank = self.moelora_bank[adapter]
+                bank = self._bank(adapter)
                 x = self._cast_input_dtype(x, bank.lora_A.weight.dtype)
                 result = result + bank(x, self._weights(adapter, x))
         return result.to(dtype)
@@ -80,8 +82,11 @@ class MoeLinear(nn.Module, BaseTunerLayer):
     def router_of(self, adapter_name: str) -> Router | None:
         """The router of an adapter, its own or the shared one; None for a bank of one."""
         if adapter_name in self.moelora_router:
-            return self.moelora_router[adapter_name]
+            return cast(Router, self.moelora_router[adapter_name])
         return self.shared_routers.get(adapter_name)
+
+    def _bank(self, adapter: str) -> ExpertBank:
+        return cast(ExpertBank, self.moelora_bank[adapter])
 
     def _weights(self, adapter: str, x: torch.Tensor) -> torch.Tensor | None:
         router = self.router_of(adapter)
@@ -102,7 +107,7 @@ class MoeLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _delta_weight(self, adapter: str, weights: torch.Tensor | None) -> torch.Tensor:
-        bank = self.moelora_bank[adapter]
+        bank = self._bank(adapter)
         if weights is not None:
             weights = weights.to(bank.lora_A.weight.device)
         a, b = bank.folded(weights)
@@ -115,7 +120,8 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         """Add adapters to the base weight, for the task that was chosen with `set_task`, `task` or `default_task`.
 
         Raises:
-            ValueError: no task was chosen; with `safe_merge`, also a merged weight that is not finite. The weight is then as before.
+            ValueError: no task was chosen; with `safe_merge`, also a merged weight that is not finite. The weight is
+            then as before.
         """
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.moelora_bank:
@@ -131,7 +137,7 @@ class MoeLinear(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Take merged adapters out of the base weight again."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.")
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
@@ -141,11 +147,13 @@ class MoeLinear(nn.Module, BaseTunerLayer):
     def _add_to_base(self, delta: torch.Tensor, check_for: str | None = None) -> None:
         if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
             raise ValueError(
-                f"Weights quantised by {self.quantization_backend.backend_name} cannot be merged into; fold the adapter into a "
-                "stock LoRA instead (peft_moe.fold)."
+                f"Weights quantised by {self.quantization_backend.backend_name} cannot be merged into; fold the "
+                "adapter into a stock LoRA instead (peft_moe.fold)."
             )
         if type(self.get_base_layer().weight).__module__.startswith("optimum.quanto"):
-            raise ValueError("Merging into weights quantised by quanto goes wrong; fold the adapter instead (peft_moe.fold).")
+            raise ValueError(
+                "Merging into weights quantised by quanto goes wrong; fold the adapter instead (peft_moe.fold)."
+            )
         weight = self.get_base_weight()
         merged = weight + delta.to(device=weight.device, dtype=weight.dtype)
         if check_for is not None and not torch.isfinite(merged).all():
@@ -168,12 +176,12 @@ def check_base_layer(module: nn.Module, key: str) -> None:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if isinstance(base, NonDynamicallyQuantizableLinear):
         raise ValueError(
-            f"Target module {key!r} belongs to torch.nn.MultiheadAttention, which reads its weight and never calls it, so that an "
-            "adapter would have no effect; leave it out of target_modules or name it in exclude_modules."
+            f"Target module {key!r} belongs to torch.nn.MultiheadAttention, which reads its weight and never calls "
+            "it, so that an adapter would have no effect; name it in exclude_modules."
         )
     linear = isinstance(base, (nn.Linear, Conv1D)) or resolve_quantization_backend(base) is not None
     if not linear and not (hasattr(base, "in_features") and hasattr(base, "out_features")):
         raise ValueError(
-            f"Target module {key!r} is a {type(base).__name__}, which is not supported: experts extend linear layers (torch.nn.Linear, "
-            "transformers' Conv1D, quantised ones); leave it out of target_modules or name it in exclude_modules."
+            f"Target module {key!r} is a {type(base).__name__}, which is not supported: experts extend linear layers "
+            "(torch.nn.Linear, transformers' Conv1D, quantised ones); name it in exclude_modules."
         )

@@ -6,7 +6,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -49,12 +49,12 @@ class MoeTuner(BaseTuner):
     prefix = "moelora_"
     tuner_layer_cls = MoeLinear
     uses_shared_state = True
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (peft declares it so)
     context: RoutingContext
 
     @abstractmethod
     def build_router(self, config: MoeConfig, adapter_name: str, num_experts: int) -> tuple[Router | None, bool]:
-        """The router of a layer, and whether it is one that the tuner shares among layers; None for a single expert."""
+        """The router of a layer, or None for a single expert; and whether the tuner shares it among layers."""
 
     # -- putting layers in --------------------------------------------------------------------------------------------
 
@@ -70,8 +70,8 @@ class MoeTuner(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if adapter_name in RESERVED or adapter_name.isdigit():
             raise ValueError(
-                f"adapter_name={adapter_name!r} is a name inside this adapter's own state dict; use another than {sorted(RESERVED)} "
-                "or a number."
+                f"adapter_name={adapter_name!r} is a name inside this adapter's own state dict; use another than "
+                f"{sorted(RESERVED)} or a number."
             )
         others = [(p, p.requires_grad) for p in self.moelora_router.parameters()]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -80,8 +80,8 @@ class MoeTuner(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: MoeConfig, model_config: dict[str, Any]) -> MoeConfig:
         if peft_config.target_modules is None and model_config.get("model_type") not in (None, "custom"):
-            peft_config.target_modules = linear_layers_in_blocks(self.model)
-        return super()._prepare_adapter_config(peft_config, model_config)
+            peft_config.target_modules = sorted(linear_layers_in_blocks(self.model))
+        return cast(MoeConfig, super()._prepare_adapter_config(peft_config, model_config))
 
     def _prepare_model(self, peft_config: MoeConfig, model: nn.Module) -> None:
         """Check every target before the first is replaced."""
@@ -100,17 +100,17 @@ class MoeTuner(BaseTuner):
     def _check_rows_arrive(key: str, num_experts: int) -> None:
         if num_experts > 1 and IN_BASE_EXPERTS.search(key):
             raise ValueError(
-                f"Target module {key!r} is inside a mixture of experts of the base model, whose inputs are tokens picked from all rows, "
-                f"so that a row's task is not known there; use exclude_modules=r'.*\\.experts\\..*', or num_experts_pattern="
-                f"{{r'.*\\.experts\\..*': 1}} for a plain LoRA."
+                f"Target module {key!r} is inside a mixture of experts of the base model, whose inputs are tokens "
+                "picked from all rows, so that a row's task is not known there; use exclude_modules=r'.*\\.experts\\..*', or "
+                "num_experts_pattern={r'.*\\.experts\\..*': 1} for a plain LoRA."
             )
 
     def _check_target_module_compatiblity(self, peft_config: MoeConfig, model: nn.Module, target_name: str) -> None:
         model_type = self.get_model_config(model).get("model_type")
         if model_type in MAMBA_TYPES and target_name == "out_proj":
             raise ValueError(
-                f"Module {target_name!r} of a {model_type} model hands its weight to a fused kernel and is never called, so that an "
-                "adapter would have no effect; name it in exclude_modules."
+                f"Module {target_name!r} of a {model_type} model hands its weight to a fused kernel and is never "
+                "called, so that an adapter would have no effect; name it in exclude_modules."
             )
 
     def _create_and_replace(
@@ -160,7 +160,8 @@ class MoeTuner(BaseTuner):
         """What `init_lora_weights=True` stands for."""
         return config.init_lora_weights
 
-    # -- peft's walks over layers do not reach what the tuner itself holds, so each is continued here ----------------------
+    # -- peft's walks over layers do not reach what the tuner itself holds, so each is continued here
+    # ----------------------
 
     def _sync_routers(self, *, inference_mode: bool = False, enabled: bool = True) -> None:
         for name, routers in self.moelora_router.items():
@@ -206,7 +207,8 @@ class MoeTuner(BaseTuner):
         ours = re.sub(rf"(^|\.)(moelora_(?:bank|router))\.{re.escape(adapter_name)}\.", r"\1\2.", key, count=1)
         return ours if ours != key else super()._remove_adapter_name_from_key(key, adapter_name)
 
-    # -- calls ----------------------------------------------------------------------------------------------------------
+    # -- calls
+    # ----------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -214,12 +216,13 @@ class MoeTuner(BaseTuner):
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
                 f"adapter_names={kwargs['adapter_names']!r}: batches that mix adapters are not supported by "
-                f"{type(self).__name__}; rows of one batch can have different task_ids, and adapters take turns with set_adapter."
+                f"{type(self).__name__}; rows of one batch can have different task_ids, and adapters take "
+                "turns with set_adapter."
             )
         yield
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        model = cast(nn.Module, super()._unload_and_optionally_merge(*args, **kwargs))
         for method in ("forward", "generate"):
             TaskIdsEntry.remove(model, method)
         return model
@@ -246,7 +249,7 @@ def modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]
 
 
 def _welcome_peft_model(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    """Runs when a module becomes part of another: when a tuner becomes that of a PeftModel, its `forward` takes task ids."""
+    """Runs when a module becomes part of another: a PeftModel that gets our tuner also gets an entry for task ids."""
     if name == "base_model" and isinstance(child, MoeTuner) and isinstance(parent, PeftModel):
         TaskIdsEntry.install(parent, "forward", child)
 

@@ -13,17 +13,18 @@ from ..routing import task_index
 class MoeLoraConfig(MoeConfig):
     """MOELoRA: `h = W0 x + (alpha / r) · Σ_i softmax(W_T e_task)_i · B_i A_i x` (arXiv 2310.18339, section III).
 
-    The weights of the experts depend on the task alone, so that each task can be merged or folded into one LoRA exactly.
-    Defaults are those of the paper and its code: r 16 in 8 experts, alpha 32, dropout 0.1, 16 tasks embedded in 64 numbers, one
-    gate for the whole model, all linear layers.
+    The weights of the experts depend on the task alone, so that each task can be merged or folded into one LoRA
+    exactly.
+    Defaults are those of the paper and its code: r 16 in 8 experts, alpha 32, dropout 0.1, 16 tasks embedded in 64
+    numbers, one gate for the whole model, all linear layers.
 
     Args:
         r: TOTAL rank of a layer, split evenly over its experts: a layer has as many parameters as a LoRA of rank r.
         tasks: names of the tasks, whose order gives their ids; or how many there are.
         default_task: task of calls that give none. Without it such a call is an error.
         task_embedding_dim: size of a task's embedding.
-        gate_scope: `"model"`: one gate for all layers with the same number of experts (the paper); `"layer"`: one per layer
-            (its ablation "w/ multiple gates").
+        gate_scope: `"model"`: one gate for all layers with the same number of experts (the paper); `"layer"`: one per
+            layer (its ablation "w/ multiple gates").
 
     See `MoeConfig` for the other fields.
 
@@ -45,11 +46,13 @@ class MoeLoraConfig(MoeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftMoeType.MOELORA  # type: ignore[assignment]  # peft compares it as a string
+        self.peft_type = PeftMoeType.MOELORA
         check_count("r", self.r, "the total rank of a layer")
         check_count("task_embedding_dim", self.task_embedding_dim, "the size of an embedding")
         if self.gate_scope not in ("model", "layer"):
-            raise ValueError(f"gate_scope={self.gate_scope!r} is not known; use 'model' (one gate for all layers) or 'layer'.")
+            raise ValueError(
+                f"gate_scope={self.gate_scope!r} is not known; use 'model' (one gate for all layers) or 'layer'."
+            )
         if not self.rank_pattern and not self.num_experts_pattern:
             self.experts_at("")
         self._check_tasks()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -22,7 +22,7 @@ class MoeLoraModel(MoeTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config = self.peft_config[adapter_name]
+        config = cast(MoeLoraConfig, self.peft_config[adapter_name])
         self.context.know(adapter_name, config.task_names, config.default_task)
 
     def build_router(self, config: MoeLoraConfig, adapter_name: str, num_experts: int) -> tuple[Router | None, bool]:
@@ -32,10 +32,10 @@ class MoeLoraModel(MoeTuner):
             return new_router(config, num_experts), False
         if adapter_name not in self.moelora_router:
             self.moelora_router[adapter_name] = nn.ModuleDict()
-        shared = self.moelora_router[adapter_name]
+        shared = cast(nn.ModuleDict, self.moelora_router[adapter_name])
         if str(num_experts) not in shared:
             shared[str(num_experts)] = new_router(config, num_experts)
-        return shared[str(num_experts)], True
+        return cast(Router, shared[str(num_experts)]), True
 
     @staticmethod
     def initialisation(config: MoeLoraConfig) -> bool | str:
@@ -103,7 +103,6 @@ class MoeLoraModel(MoeTuner):
 
 
 def new_router(config: MoeLoraConfig, num_experts: int) -> Router:
-    gate = TaskGate(
-        num_tasks=len(config.task_names), num_experts=num_experts, embedding_dim=config.task_embedding_dim
-    )
+    """A task router for layers with this number of experts, with new weights."""
+    gate = TaskGate(num_tasks=len(config.task_names), num_experts=num_experts, embedding_dim=config.task_embedding_dim)
     return Router(gate=gate, select=softmax)

@@ -12,9 +12,9 @@ import torch
 from .tasks import Task, TaskIds, encode_tasks, list_tasks
 
 HOW = (
-    "pass task_ids= to model(...) or model.generate(...), choose one task for all calls with model.set_task(...), or set "
-    "default_task in the config. In a Trainer, task_ids is a column of the dataset; a collator or trainer that drops it needs "
-    "peft_moe.training.TaskCollator and remove_unused_columns=False."
+    "pass task_ids= to model(...) or model.generate(...), choose one task for all calls with model.set_task(...), or "
+    "set default_task in the config. In a Trainer, task_ids is a column of the dataset; a collator or trainer that "
+    "drops it needs peft_moe.training.TaskCollator and remove_unused_columns=False."
 )
 
 
@@ -42,7 +42,7 @@ class RoutingContext:
     """
 
     def __init__(self) -> None:
-        self.merged: dict[str, torch.Tensor] = {}  # adapter to the task ids (1,) or (1, k) that the base weights hold now
+        self.merged: dict[str, torch.Tensor] = {}  # by adapter, the task ids (1,) or (1, k) in the base weights now
         self._tasks: dict[str, _Tasks] = {}
         self._chosen: Task | Sequence[Task] | None = None
         self._chosen_ids: dict[str, torch.Tensor] = {}
@@ -65,7 +65,8 @@ class RoutingContext:
         Raises:
             ValueError: one of the adapters does not know it.
         """
-        # Encoded here and not per call: to torch.compile a tensor is an input, and a name would be a constant to recompile for.
+        # Encoded here and not per call: to torch.compile a tensor is an input, and a name would be a constant to
+        # recompile for.
         ids = {a: self._encode(a, task) for a in adapters if a in self._tasks} if task is not None else {}
         self._chosen, self._chosen_ids = task, ids
 
@@ -102,7 +103,7 @@ class RoutingContext:
             yield
         finally:
             self._depth -= 1
-            # Kept after the outermost call: checkpointing runs layers again during backward, and they must see the same ids.
+            # Kept after the outermost call: checkpointing runs layers again in backward, which must see the same ids.
             if not outermost:
                 self._call = before
 
@@ -111,6 +112,11 @@ class RoutingContext:
         """The call that layers are being run for; in backward that is the last one; outside of both there is none."""
         # Private, but what torch's own checkpointing asks to tell a recomputation from a forward.
         return self._call if self._depth or torch._C._current_graph_task_id() != -1 else None
+
+    @property
+    def told(self) -> TaskIds | None:
+        """The `task_ids` of the current call as they were given."""
+        return self._call.told
 
     @contextmanager
     def replay(self, call: _Call) -> Iterator[None]:
@@ -132,7 +138,9 @@ class RoutingContext:
         call = self.current or self._resolve(None, (adapter,))
         ids = call.ids.get(adapter)
         if ids is None:
-            raise ValueError(f"No task was given, and adapter {adapter!r} knows {list_tasks(self._tasks[adapter].names)}: {HOW}")
+            raise ValueError(
+                f"No task was given, and adapter {adapter!r} knows {list_tasks(self._tasks[adapter].names)}: {HOW}"
+            )
         return ids.to(device)
 
     def one_task(self, adapter: str) -> torch.Tensor:
@@ -152,7 +160,7 @@ class RoutingContext:
     def _encode(self, adapter: str, task: Task | Sequence[Task]) -> torch.Tensor:
         """A task, or several for the same rows, as ids (1,) or (1, k)."""
         several = isinstance(task, Sequence) and not isinstance(task, str)
-        return encode_tasks([task] if several else task, self._tasks[adapter].names)  # type: ignore[list-item, arg-type]
+        return encode_tasks([task] if several else task, self._tasks[adapter].names)
 
     def _chosen_or_default(self, adapter: str) -> torch.Tensor | None:
         if self._chosen is None:
@@ -189,19 +197,21 @@ class RoutingContext:
 
     def _check_merged(self, adapter: str, ids: torch.Tensor) -> None:
         merged = self.merged.get(adapter)
-        if merged is not None and not (ids.shape[1:] == merged.shape[1:] and bool((ids == merged.to(ids.device)).all())):
+        if merged is not None and not (
+            ids.shape[1:] == merged.shape[1:] and bool((ids == merged.to(ids.device)).all())
+        ):
             names = [self._tasks[adapter].names[i] for i in merged.flatten().tolist() if i >= 0]
             raise ValueError(
-                f"Adapter {adapter!r} is merged into the base weights for {names}, and other tasks were asked for; call "
-                "model.unmerge_adapter() first."
+                f"Adapter {adapter!r} is merged into the base weights for {names}, and other tasks were asked for; "
+                "call model.unmerge_adapter() first."
             )
 
     def _warn_of_default(self, default: Task | None, training: bool) -> None:
         if training and not self._warned and not torch.compiler.is_compiling():
             self._warned = True
             warnings.warn(
-                f"Training without task_ids: every row is routed as default_task={default!r}. If rows have tasks of their own, "
-                f"they were lost on the way: {HOW} To train on one task, call model.set_task({default!r}).",
+                f"Training without task_ids: every row is routed as default_task={default!r}. If rows have tasks of "
+                f"their own, they were lost on the way: {HOW} To train on one task, call model.set_task({default!r}).",
                 UserWarning,
                 stacklevel=2,
             )
@@ -210,5 +220,6 @@ class RoutingContext:
 def _check_rows(ids: torch.Tensor, batch_size: int | None) -> None:
     if batch_size is not None and ids.shape[0] not in (1, batch_size):
         raise ValueError(
-            f"task_ids has {ids.shape[0]} entries and the batch has {batch_size} rows; give one task per row, or one for all."
+            f"task_ids has {ids.shape[0]} entries and the batch has {batch_size} rows; "
+            "give one task per row, or one for all."
         )

@@ -40,7 +40,8 @@ class Router(nn.Module):
 def _spread_over_rows(weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """(n, E) to (rows, 1, ..., E): each of the n rows of a batch may have become several, one after the other.
 
-    Beams and returned sequences repeat rows, and some models flatten (batch, seq) into rows; both keep the order of the batch.
+    Beams and returned sequences repeat rows, and some models flatten (batch, seq) into rows; both keep the order of the
+    batch.
     """
     n, rows = weights.shape[0], x.shape[0]
     if n not in (1, rows):

@@ -4,5 +4,5 @@ import torch
 
 
 def softmax(scores: torch.Tensor) -> torch.Tensor:
-    """Every expert takes part; the weights of a row add up to 1. MOELoRA (arXiv 2310.18339), the softmax over W_T e_j."""
+    """Weights of all experts that add up to 1: the softmax over W_T e_j of MOELoRA (arXiv 2310.18339, section III)."""
     return scores.softmax(-1)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 Task: TypeAlias = "int | str"
 TaskIds: TypeAlias = "Task | Sequence[Task | Sequence[Task]] | torch.Tensor"
@@ -41,8 +42,8 @@ def encode_tasks(tasks: TaskIds, names: Sequence[str]) -> torch.Tensor:
     """Task ids as a LongTensor (n,), or (n, k) padded with -1 where rows have several tasks.
 
     Args:
-        tasks: one task for all rows; or one per row; or a list of tasks per row; or a tensor: integers () or (n,), integers
-            (n, k) padded with -1, or bool (n, T), true for the tasks of the row.
+        tasks: one task for all rows; or one per row; or a list of tasks per row; or a tensor: integers () or (n,),
+            integers (n, k) padded with -1, or bool (n, T), true for the tasks of the row.
         names: the tasks that the adapter knows.
 
     Raises:
@@ -51,27 +52,32 @@ def encode_tasks(tasks: TaskIds, names: Sequence[str]) -> torch.Tensor:
     """
     if isinstance(tasks, torch.Tensor):
         return _check_tensor(tasks, names)
-    if isinstance(tasks, str) or not hasattr(tasks, "__iter__"):
-        return torch.tensor([task_index(tasks, names)])  # type: ignore[arg-type]  # a single task
-    rows = [[task_index(t, names) for t in _as_row(row)] for row in tasks]
+    several = _several(tasks)
+    if several is None:
+        return torch.tensor([task_index(cast(Task, tasks), names)])
+    entries = [_several(row) for row in several]
+    rows = [
+        [task_index(t, names) for t in ([row] if e is None else e)] for row, e in zip(several, entries, strict=True)
+    ]
     if not rows or not all(rows):
         raise ValueError(f"task_ids={tasks!r} leaves a row without a task; give at least one of {list_tasks(names)}.")
     if all(len(row) == 1 for row in rows):
         return torch.tensor([row[0] for row in rows])
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1)
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1)
 
 
-def _as_row(row: Task | Sequence[Task]) -> Sequence[Task]:
-    several = hasattr(row, "__iter__") and not isinstance(row, str) and getattr(row, "ndim", 1)
-    return row if several else [row]  # type: ignore[return-value, list-item]
+def _several(value: Any) -> list[Any] | None:
+    """The entries of a list, tuple or array; None if the value is a single task."""
+    single = isinstance(value, str) or not hasattr(value, "__iter__") or getattr(value, "ndim", 1) == 0
+    return None if single else list(value)
 
 
 def _check_tensor(tasks: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
     """A tensor of ids in canonical form; values are only looked at where that costs no wait for a device."""
     if tasks.dim() > 2 or tasks.is_floating_point() or tasks.is_complex() or tasks.numel() == 0:
         raise ValueError(
-            f"task_ids of shape {tuple(tasks.shape)} and {tasks.dtype}; give integers () or (batch,), integers (batch, k) "
-            f"padded with -1, or bool (batch, {len(names)})."
+            f"task_ids of shape {tuple(tasks.shape)} and {tasks.dtype}; give integers () or (batch,), integers "
+            f"(batch, k) padded with -1, or bool (batch, {len(names)})."
         )
     if tasks.dtype == torch.bool:
         tasks = _multi_hot_to_ids(tasks, names)

@@ -1,0 +1,35 @@
+# Each target makes its own environment first: `make demo VENV=/somewhere PYTHON=python3.12` to choose where and with what.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow quality style
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
+
+demo: $(VENV)/.demo-stamp  ## train MOELoRA on a small real model, score, save, reload and fold it
+	@$(BIN)/python scripts/demo.py $(DEMO_ARGS)
+
+test: $(VENV)/.test-stamp  ## the tests that take seconds
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(TEST_ARGS)
+
+test-slow: $(VENV)/.test-stamp  ## every test
+	$(BIN)/python -m pytest -n 2 $(TEST_ARGS)
+
+quality: $(VENV)/.quality-stamp  ## lint, format and types, as CI checks them
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(VENV)/.quality-stamp  ## put lint and format right
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# one environment; a stamp for each extra that is in it
+$(VENV)/.%-stamp: setup.cfg pyproject.toml constraints.txt
+	@echo "Installing peft_moe[$*] into $(VENV) (PyTorch and its friends: a minute or two) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	@touch $@

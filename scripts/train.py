@@ -1,0 +1,252 @@
+"""Trains a MOELoRA adapter, or a stock LoRA to compare it with, on several tasks at once.
+
+    python scripts/train.py recipes/quickstart.yaml
+    python scripts/train.py recipes/moelora.yaml --model_name_or_path Qwen/Qwen3-0.6B --learning_rate 1e-4
+    accelerate launch scripts/train.py recipes/moelora.yaml
+
+The first argument may be a YAML file; flags win over it. Every field of transformers' TrainingArguments is an argument
+too: bf16, gradient_checkpointing, gradient_accumulation_steps, report_to, push_to_hub, resume_from_checkpoint (true for
+the last one, or a folder) and so on. Writes to output_dir: the adapter, the tokenizer, README.md (the model card) and
+all_results.json.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+from datasets import Dataset
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from peft_moe import MoeLoraConfig
+from peft_moe.arguments import parse_arguments
+from peft_moe.card import TAGS, model_card
+from peft_moe.data import TaskInfo, encode, mix, read_examples, read_task_info, take_per_task
+from peft_moe.evaluation import table
+from peft_moe.training import TaskCollator, TaskEvaluation, score_with_trainer
+
+
+@dataclass
+class ModelArguments:
+    """The frozen base model."""
+
+    model_name_or_path: str = field(metadata={"help": "Base model: a Hub id or a folder."})
+    revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the base model."})
+    dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto", metadata={"help": "Type of the base weights; the adapter is float32 in any case."}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "Such as sdpa, eager, flash_attention_2."})
+
+
+@dataclass
+class DataArguments:
+    """The rows and what is made of them."""
+
+    dataset: str = field(metadata={"help": "A Hub id, a JSONL, CSV or Parquet file, or a folder of such files."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split for evaluation during training."})
+    test_split: str | None = field(default=None, metadata={"help": "Split to score at the end instead of eval_split."})
+    task_column: str = field(default="task", metadata={"help": "Column with the name of the row's task."})
+    protocol: Literal["instruction", "bare"] = field(
+        default="instruction", metadata={"help": "bare: without the instruction, so that only the id tells the task."}
+    )
+    mixing: Literal["proportional", "uniform", "temperature"] = field(
+        default="proportional", metadata={"help": "How often each task is drawn in an epoch."}
+    )
+    mixing_temperature: float = field(default=2.0, metadata={"help": "T of temperature mixing, p ~ rows^(1/T)."})
+    max_length: int = field(default=512, metadata={"help": "Longest row in tokens; longer prompts lose their start."})
+    max_rows_per_task: int | None = field(default=None, metadata={"help": "Train on the first rows of each task only."})
+    max_new_tokens: int = field(default=48, metadata={"help": "Longest answer generated in evaluation, in tokens."})
+    card_license: str | None = field(default=None, metadata={"help": "The adapter's licence, such as apache-2.0."})
+
+
+@dataclass
+class AdapterArguments:
+    """The adapter; the defaults are the paper's."""
+
+    method: Literal["moelora", "lora"] = field(default="moelora", metadata={"help": "lora: stock LoRA of the same r."})
+    tasks: list[str] | None = field(
+        default=None, metadata={"help": "Names in order of their ids; default: the data's."}
+    )
+    default_task: str | None = field(default=None, metadata={"help": "Task of calls that name none."})
+    r: int = field(default=16, metadata={"help": "Total rank, shared by the experts."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapter is scaled by lora_alpha / r."})
+    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout of the adapter's input."})
+    target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "Names of the layers to adapt, or all-linear."}
+    )
+    num_experts: int = field(default=8, metadata={"help": "Experts per layer; must divide r."})
+    task_embedding_dim: int = field(default=64, metadata={"help": "Size of the gate's task embedding."})
+    gate_scope: Literal["model", "layer"] = field(default="model", metadata={"help": "One gate in all, or per layer."})
+
+    def config(self, tasks: list[str]) -> PeftConfig:
+        """The config of the chosen method."""
+        shared = {
+            "task_type": "CAUSAL_LM",
+            "r": self.r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "target_modules": "all-linear" if self.target_modules == ["all-linear"] else self.target_modules,
+        }
+        if self.method == "lora":
+            return LoraConfig(**shared)
+        return MoeLoraConfig(
+            **shared,
+            tasks=tasks,
+            default_task=self.default_task,
+            num_experts=self.num_experts,
+            task_embedding_dim=self.task_embedding_dim,
+            gate_scope=self.gate_scope,
+        )
+
+
+def main(argv: list[str]) -> None:
+    """Train, score every task, save and publish."""
+    model_args, data_args, adapter_args, args = parse_arguments(
+        (ModelArguments, DataArguments, AdapterArguments, TrainingArguments), argv
+    )
+    set_seed(args.seed)
+    with args.main_process_first(desc="reading the data"):
+        info = read_task_info(data_args.dataset, revision=data_args.dataset_revision)
+        splits = (data_args.train_split, data_args.eval_split, data_args.test_split)
+        examples = {split: read_split(data_args, split, args.seed) for split in splits if split}
+    config = adapter_args.config(adapter_args.tasks or task_names(examples[data_args.train_split], info))
+    model, tokenizer = load_model(model_args, config)
+    trainer = build_trainer(args, data_args, model, tokenizer, examples)
+    generation = {"batch_size": args.per_device_eval_batch_size, "max_new_tokens": data_args.max_new_tokens}
+    if data_args.eval_split:
+        trainer.add_callback(TaskEvaluation(trainer, examples[data_args.eval_split], info, **generation))
+
+    resume = args.resume_from_checkpoint  # a flag arrives as a string
+    metrics = trainer.train(
+        resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume)
+    ).metrics
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    results, split = {}, data_args.test_split or data_args.eval_split
+    if split:
+        results = score_with_trainer(trainer, examples[split], info, **generation)
+        trainer.save_metrics(split, {split: results})
+    save(trainer, data_args, info, results, split)
+    if trainer.is_world_process_zero():
+        print(table({adapter_args.method: results}) if results else "No eval_split or test_split to score.")
+        print(f"The adapter, its card and all_results.json are in {args.output_dir}.")
+
+
+def read_split(data_args: DataArguments, split: str, seed: int) -> Dataset:
+    """One split of the data; of the one to train on, the rows that the arguments choose."""
+    examples = read_examples(
+        data_args.dataset,
+        split=split,
+        task_column=data_args.task_column,
+        protocol=data_args.protocol,
+        revision=data_args.dataset_revision,
+    )
+    if split == data_args.train_split:
+        if data_args.max_rows_per_task is not None:
+            examples = take_per_task(examples, data_args.max_rows_per_task)
+        examples = mix(examples, strategy=data_args.mixing, temperature=data_args.mixing_temperature, seed=seed)
+    return examples
+
+
+def task_names(examples: Dataset, info: dict[str, TaskInfo]) -> list[str]:
+    """The tasks that occur in the rows: first those of tasks.json in its order, then the others by name."""
+    found = {name for row in examples["task"] for name in ([row] if isinstance(row, str) else row)}
+    return [name for name in info if name in found] + sorted(found - info.keys())
+
+
+def load_model(model_args: ModelArguments, config: PeftConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The base model with a new adapter, and its tokenizer."""
+    source = {"pretrained_model_name_or_path": model_args.model_name_or_path, "revision": model_args.revision}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    base = AutoModelForCausalLM.from_pretrained(**source, **options)
+    base.add_model_tags(["lora"] if isinstance(config, LoraConfig) else list(TAGS))  # peft puts these on every card
+    return get_peft_model(base, config), tokenizer
+
+
+def build_trainer(
+    args: TrainingArguments,
+    data_args: DataArguments,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: dict[str, Dataset],
+) -> Trainer:
+    """The stock Trainer on the encoded rows, drawn from the tasks as the arguments say."""
+    tasks = getattr(model.active_peft_config, "task_names", None)  # a stock LoRA has none
+    with args.main_process_first(desc="encoding the data"):
+        # the test split too: a row that cannot be used shows before training
+        encoded = partial(encode, tokenizer=tokenizer, tasks=tasks, max_length=data_args.max_length)
+        rows = {split: encoded(part) for split, part in examples.items()}
+    collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=16)
+    return Trainer(
+        model,
+        args,
+        data_collator=TaskCollator(collator, tasks) if tasks else collator,
+        train_dataset=rows[data_args.train_split],
+        eval_dataset=rows.get(data_args.eval_split),
+        processing_class=tokenizer,
+    )
+
+
+def save(
+    trainer: Trainer,
+    data_args: DataArguments,
+    info: dict[str, TaskInfo],
+    results: dict[str, dict[str, Any]],
+    split: str | None,
+) -> None:
+    """Write the adapter, the tokenizer and the card, and push them if the arguments say so."""
+    args = trainer.args
+
+    def write_card(**_: object) -> None:
+        card = model_card(
+            trainer.model,
+            name=trainer.hub_model_id if args.push_to_hub else args.output_dir,
+            dataset=data_args.dataset,
+            info=info,
+            hyperparameters=hyperparameters(trainer, data_args),
+            results=results,
+            split=split or "",
+            license=data_args.card_license,
+        )
+        card.save(f"{args.output_dir}/README.md")
+
+    if args.push_to_hub:
+        trainer.create_model_card = write_card  # the Trainer would push its own draft instead
+        trainer.push_to_hub()
+    else:
+        trainer.save_model()
+        if trainer.is_world_process_zero():
+            write_card()
+
+
+def hyperparameters(trainer: Trainer, data_args: DataArguments) -> dict[str, object]:
+    """What the card lists after the adapter's own settings."""
+    args = trainer.args
+    return {
+        "protocol": data_args.protocol,
+        "mixing": data_args.mixing,
+        "learning rate": args.learning_rate,
+        "schedule": args.lr_scheduler_type.value,
+        "rows per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "rows": len(trainer.train_dataset),
+        "steps": trainer.state.global_step,
+        "seed": args.seed,
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

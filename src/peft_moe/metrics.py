@@ -1,0 +1,146 @@
+"""Scores of generated answers as `evaluate` metrics that are computed here, without a download.
+
+All of them compare normalised texts: stripped, case-folded, runs of white space squeezed to one space. All return one
+number from 0 to 1 under the metric's name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import evaluate
+from datasets import Features, Value
+
+
+def normalise(text: str) -> str:
+    """Strip, case-fold and squeeze white space: what all metrics compare."""
+    return " ".join(text.casefold().split())
+
+
+class _AnswerMetric(evaluate.Metric):
+    """One text per row against one reference text; subclasses define `_score` on normalised texts."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=type(self).__doc__ or "",
+            citation="",
+            inputs_description="predictions and references: a list of str each, of equal length.",
+            features=Features({"predictions": Value("string"), "references": Value("string")}),
+        )
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        if not references:
+            raise ValueError(f"{self.name} has nothing to score; give at least one prediction and its reference.")
+        score = self._score([normalise(text) for text in predictions], [normalise(text) for text in references])
+        return {self.name: float(score)}
+
+    def _score(self, predictions: list[str], references: list[str]) -> float:
+        raise NotImplementedError
+
+
+class ExactMatch(_AnswerMetric):
+    """Share of predictions that equal their reference."""
+
+    def _score(self, predictions: list[str], references: list[str]) -> float:
+        return _mean(predictions, references, lambda prediction, reference: prediction == reference)
+
+
+class Accuracy(ExactMatch):
+    """`ExactMatch` under the name that classification tasks use."""
+
+
+class MacroF1(_AnswerMetric):
+    """Unweighted mean of the F1 of each label that occurs in the references; any other prediction is wrong."""
+
+    def _score(self, predictions: list[str], references: list[str]) -> float:
+        f1_score = _optional("sklearn.metrics").f1_score
+        return f1_score(references, predictions, labels=sorted(set(references)), average="macro", zero_division=0)
+
+
+class TokenF1(_AnswerMetric):
+    """Mean over rows of the F1 of shared words, each counted as often as it occurs; two empty texts agree."""
+
+    def _score(self, predictions: list[str], references: list[str]) -> float:
+        return _mean(
+            predictions,
+            references,
+            lambda prediction, reference: _f1(Counter(prediction.split()), Counter(reference.split())),
+        )
+
+
+class SlotF1(_AnswerMetric):
+    """Micro F1 of the `name: value` pairs in answers such as `side: left; visit: none`; a pair counts once per row.
+
+    White space around names and values does not count, and what has no colon is a pair of its own with an empty value.
+    """
+
+    def _score(self, predictions: list[str], references: list[str]) -> float:
+        return _f1(_slots(predictions), _slots(references))
+
+
+class RougeL(_AnswerMetric):
+    """Mean ROUGE-L F-measure, by the `rouge_score` package without stemming (its tokens are runs of a-z and 0-9)."""
+
+    def _score(self, predictions: list[str], references: list[str]) -> float:
+        scorer = _optional("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+        return _mean(
+            predictions,
+            references,
+            lambda prediction, reference: scorer.score(target=reference, prediction=prediction)["rougeL"].fmeasure,
+        )
+
+
+METRICS: dict[str, type[_AnswerMetric]] = {
+    "accuracy": Accuracy,
+    "exact_match": ExactMatch,
+    "macro_f1": MacroF1,
+    "rouge_l": RougeL,
+    "slot_f1": SlotF1,
+    "token_f1": TokenF1,
+}
+
+
+def load_metric(name: str) -> evaluate.Metric:
+    """Load one of our metrics by its name, as `evaluate.load` does for those on the Hub.
+
+    Args:
+        name: `accuracy`, `exact_match`, `macro_f1`, `rouge_l`, `slot_f1` or `token_f1`.
+
+    The metric keeps its inputs in memory. Raises `ValueError` for another name; `compute` raises `ImportError` if
+    `macro_f1` or `rouge_l` miss their package.
+
+    Example:
+        `load_metric("token_f1").compute(predictions=["left knee"], references=["knee"])`
+    """
+    if name not in METRICS:
+        raise ValueError(f"Unknown metric {name!r}; use one of {list(METRICS)}.")
+    return METRICS[name](keep_in_memory=True)
+
+
+def _optional(module: str) -> Any:
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        raise ImportError(f"This metric needs {package}; install it with `pip install peft_moe[train]`.") from error
+
+
+def _mean(predictions: list[str], references: list[str], score: Callable[[str, str], float]) -> float:
+    return sum(map(score, predictions, references)) / len(references)
+
+
+def _f1(prediction: Counter[Any], reference: Counter[Any]) -> float:
+    total = prediction.total() + reference.total()
+    return 2 * (prediction & reference).total() / total if total else 1.0
+
+
+def _slots(texts: list[str]) -> Counter[tuple[int, str, str]]:
+    pairs = set()
+    for row, text in enumerate(texts):
+        for slot in filter(None, map(str.strip, text.split(";"))):
+            name, _, value = slot.partition(":")
+            pairs.add((row, name.strip(), value.strip()))
+    return Counter(pairs)

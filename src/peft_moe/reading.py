@@ -1,0 +1,208 @@
+"""Where multi-task text data comes from: files, folders and Hub datasets, in the usual row shapes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+Protocol = Literal["instruction", "bare"]
+Message = dict[str, str]
+
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(["dev", "val", "valid", "validation"], "validation")
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """What the data's `tasks.json` says about one task: how to ask for it and how to score it."""
+
+    name: str
+    instruction: str | None = None
+    metric: str = "exact_match"
+    labels: tuple[str, ...] | None = None
+
+
+def read_task_info(source: str, *, revision: str | None = None) -> dict[str, TaskInfo]:
+    """Read a dataset's `tasks.json`: `{"tasks": {name: {"instruction": ..., "metric": ..., "labels": [...]}}}`.
+
+    Args:
+        source: a folder, a data file (its folder is searched) or a Hub dataset id.
+        revision: branch, tag or commit of the Hub dataset.
+
+    Returns one `TaskInfo` per task, in the file's order; nothing if there is no such file. Raises `ValueError` if it
+    has another shape.
+
+    Example:
+        `read_task_info("data/medmulti/tiny")["icd_chapter"].metric`
+    """
+    path = Path(source)
+    if path.exists():
+        path = (path if path.is_dir() else path.parent) / "tasks.json"
+    else:
+        try:
+            path = Path(hf_hub_download(source, "tasks.json", repo_type="dataset", revision=revision))
+        except (EntryNotFoundError, HFValidationError):
+            return {}
+    if not path.exists():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    tasks = content.get("tasks") if isinstance(content, dict) else None
+    if not isinstance(tasks, dict) or not all(isinstance(task, dict) for task in tasks.values()):
+        raise ValueError(f'{path} does not describe tasks; write {{"tasks": {{name: {{"instruction": ..., ...}}}}}}.')
+    return {
+        name: TaskInfo(
+            name=name,
+            instruction=task.get("instruction"),
+            metric=task.get("metric") or "exact_match",
+            labels=tuple(task["labels"]) if task.get("labels") else None,
+        )
+        for name, task in tasks.items()
+    }
+
+
+def read_examples(
+    source: str,
+    *,
+    split: str | None = None,
+    task_column: str = "task",
+    protocol: Protocol = "instruction",
+    revision: str | None = None,
+) -> Dataset:
+    """Read multi-task data as rows of `task` (a name, or a list of names if any row has several) and `messages`.
+
+    Args:
+        source: Hub dataset id; a .jsonl, .json, .csv or .parquet file; or a folder with such files named after splits.
+        split: `dev` is another word for `validation`. By default the only split, else `train`. A file is the split it
+            is named after, or else `train`.
+        task_column: the column with the row's task name or names.
+        protocol: `bare` leaves the instruction of instruction/input/output rows out.
+        revision: branch, tag or commit of the Hub dataset.
+
+    A row carries `messages`, or `prompt` and `completion`, or `instruction`, `input` and `output`; the instruction may
+    come from `tasks.json` instead. Raises `FileNotFoundError` if there is no such data, and `ValueError` for an unknown
+    split, a file without rows, or a row (counted from 1) without task, question or answer.
+
+    Example:
+        `read_examples("data/medmulti/tiny", split="dev")[0]["messages"]`
+    """
+    from datasets import Features, List, Value
+
+    if protocol not in get_args(Protocol):
+        raise ValueError(f"protocol={protocol!r} is unknown; use one of {list(get_args(Protocol))}.")
+    rows = _pick_split(_load(source, revision), source, split)
+    if task_column not in rows.column_names:
+        raise ValueError(
+            f"{source} has no column {task_column!r}, only {rows.column_names}; name the column that holds each row's "
+            "task with task_column=..."
+        )
+    info = read_task_info(source, revision=revision)
+    several = any(isinstance(task, list) for task in rows[task_column])
+
+    def convert(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        filled = {key: value for key, value in row.items() if value not in (None, "", [])}
+        try:
+            tasks = _tasks(filled.pop(task_column, None))
+            messages = _messages(filled, tasks, protocol, info)
+        except ValueError as error:
+            raise ValueError(
+                f"Row {index + 1} of {source}: {error} Besides the task it has {sorted(filled)}."
+            ) from None
+        return {"task": tasks if several else tasks[0], "messages": messages}
+
+    task, message = Value("string"), {"role": Value("string"), "content": Value("string")}
+    return rows.map(
+        convert,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        features=Features({"task": List(task) if several else task, "messages": List(message)}),
+        load_from_cache_file=False,  # a cached result would outlive a change of this package
+        desc="Reading examples",
+    )
+
+
+def _load(source: str, revision: str | None) -> DatasetDict:
+    from datasets import load_dataset
+
+    path = Path(source)
+    if path.is_file() and path.suffix not in BUILDERS:
+        raise ValueError(f"{source} ends in {path.suffix!r}; use a file that ends in one of {list(BUILDERS)}.")
+    # Without this, pandas reads an answer such as "NA" or "null" as a missing one.
+    options = {"keep_default_na": False} if path.suffix == ".csv" or any(path.glob("*.csv")) else {}
+    try:
+        if path.is_file():
+            split = SPLITS.get(path.stem, "train")
+            return load_dataset(BUILDERS[path.suffix], data_files={split: str(path)}, **options)
+        return load_dataset(source, revision=revision, **options)
+    except (FileNotFoundError, ConnectionError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"No data at {source!r} ({error}); use a {', '.join(BUILDERS)} file, a folder with train, validation or "
+            "test files of these types, or the id of a Hub dataset."
+        ) from error
+    except (StopIteration, ValueError) as error:  # the first from a JSON file of no bytes
+        if isinstance(error, StopIteration) or "no data" in str(error):
+            raise ValueError(f"{source} has a file without rows; fill it or take it away.") from error
+        raise
+
+
+def _pick_split(splits: DatasetDict, source: str, split: str | None) -> Dataset:
+    wanted = SPLITS.get(split, split) if split else next(iter(splits)) if len(splits) == 1 else "train"
+    if wanted not in splits:
+        raise ValueError(f"{source} has no split {split or wanted!r}; use split= one of {list(splits)}.")
+    return splits[wanted]
+
+
+def _tasks(value: Any) -> list[str]:
+    names = value if isinstance(value, list) else [value]
+    if not names or not all(isinstance(name, (str, int)) and name != "" for name in names):
+        raise ValueError(f"its task is {value!r}; use a name, or a list of names.")
+    return [str(name) for name in names]
+
+
+def _messages(
+    row: Mapping[str, Any], tasks: list[str], protocol: Protocol, info: Mapping[str, TaskInfo]
+) -> list[Message]:
+    if protocol == "bare":
+        if not {"input", "output"} <= row.keys():
+            raise ValueError("protocol='bare' leaves the instruction out and needs rows with input and output.")
+        question, answer = row["input"], row["output"]
+    elif "messages" in row:
+        return _checked(row["messages"])
+    elif {"prompt", "completion"} <= row.keys():
+        question, answer = row["prompt"], row["completion"]
+    elif "output" in row:
+        question, answer = _instruction(row, tasks, info), row["output"]
+        if "input" in row:
+            question += f"\n{row['input']}"
+    else:
+        raise ValueError("it has no question and answer; use messages, or prompt and completion, or input and output.")
+    return _checked([{"role": "user", "content": str(question)}, {"role": "assistant", "content": str(answer)}])
+
+
+def _instruction(row: Mapping[str, Any], tasks: list[str], info: Mapping[str, TaskInfo]) -> str:
+    if "instruction" in row:
+        return str(row["instruction"])
+    known = [text for task in tasks if task in info and (text := info[task].instruction)]
+    if not known:
+        raise ValueError(
+            f"it has no instruction, nor has a tasks.json for {tasks}; add one, or ask with the input alone: "
+            "protocol='bare'."
+        )
+    return "\n".join(known)
+
+
+def _checked(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    pairs: list[Message] = [{key: message.get(key, "") for key in ("role", "content")} for message in messages]
+    if not all(isinstance(text, str) for pair in pairs for text in pair.values()):
+        raise ValueError("its messages are not all a role and a text; use {'role': ..., 'content': ...} for each.")
+    if len(pairs) < 2 or pairs[-1]["role"] != "assistant" or not pairs[-1]["content"].strip():
+        raise ValueError("it has no answer; the last of two or more messages has to be the assistant's and not empty.")
+    return pairs

@@ -1,0 +1,223 @@
+"""scripts/train.py as it is used: whole runs on a tiny model, scored again by evaluate.py; every recipe's arguments."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hub_server import client_environment
+from huggingface_hub import ModelCard
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig
+from safetensors.torch import load_file
+from tiny_models import make_model
+from tiny_text import make_tokenizer, write_data
+from train import AdapterArguments, DataArguments, ModelArguments, main
+from transformers import TrainingArguments
+
+from peft_moe import MoeLoraConfig
+from peft_moe.arguments import parse_arguments
+
+ROOT = Path(__file__).parents[1]
+TRAIN = str(ROOT / "scripts" / "train.py")
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    model = make_model("llama")
+    model.lm_head.weight.data *= 20  # frozen, and too small at random for an adapter to prefer one word
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def recipe(base: Path, data: Path, tmp_path: Path) -> Path:
+    """A YAML file for a run of four steps that writes to tmp_path/out."""
+    path = tmp_path / "recipe.yaml"
+    settings = {
+        "model_name_or_path": str(base),
+        "dataset": str(data),
+        "eval_split": "dev",
+        "test_split": "test",
+        "r": 4,
+        "num_experts": 2,
+        "max_new_tokens": 2,
+        "output_dir": str(tmp_path / "out"),
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "learning_rate": 0.02,
+        "lora_dropout": 0.0,
+        "logging_steps": 20,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def run(command: list[str], **environment: str) -> str:
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_training_leaves_an_adapter_with_tokenizer_scores_and_card(recipe, tmp_path, capsys):
+    main([str(recipe)])
+    out = tmp_path / "out"
+    config = PeftConfig.from_pretrained(out)
+    assert isinstance(config, MoeLoraConfig)
+    assert config.task_names == ["size", "leaf"]  # as in tasks.json; the rows begin with leaf
+    results = json.loads((out / "all_results.json").read_text())
+    assert results["test"].keys() == {"size", "leaf", "mean"}
+    assert results["train_loss"] > 0
+    card = ModelCard.load(out / "README.md")
+    assert "| 0 | size | Name the size |" in card.text
+    assert card.data.eval_results is not None
+    assert (out / "chat_template.jinja").exists()
+    printed = capsys.readouterr().out
+    assert f"{results['test']['mean']['score']:.3f}" in printed
+
+
+def test_evaluating_the_trained_adapter_gives_the_scores_that_training_saved(recipe, base, data, tmp_path):
+    main([str(recipe), "--max_steps", "60"])
+    out = tmp_path / "out"
+    evaluate = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), "--model_name_or_path", str(base)]
+    options = {"adapter": out, "data": data, "split": "test", "max_new_tokens": 2, "output": tmp_path / "scores.json"}
+    run([*evaluate, *(str(part) for key, value in options.items() for part in (f"--{key}", value))])
+    saved = json.loads((out / "test_results.json").read_text())["test"]
+    assert json.loads((tmp_path / "scores.json").read_text())["results"] == saved
+    assert saved["mean"]["score"] > 0
+
+
+def test_the_best_checkpoint_is_kept_and_becomes_the_adapter(recipe, tmp_path):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "mean", "save_total_limit": 1}
+    flags = {"max_steps": 60, "eval_strategy": "steps", "eval_steps": 10, "save_steps": 10, **best}
+    main([str(recipe), *(str(part) for key, value in flags.items() for part in (f"--{key}", value))])
+    out = tmp_path / "out"
+    state = json.loads((out / "trainer_state.json").read_text())
+    means = {entry["step"]: entry["eval_mean"] for entry in state["log_history"] if "eval_mean" in entry}
+    assert len(means) == 6
+    best_step = max(means, key=means.__getitem__)
+    assert (state["best_global_step"], state["best_metric"]) == (best_step, means[best_step])
+    assert [path.name for path in out.glob("checkpoint-*")] == [f"checkpoint-{best_step}"]
+    assert equal(out / f"checkpoint-{best_step}", out)
+
+
+def equal(one: Path, other: Path) -> bool:
+    first, second = load_file(one / WEIGHTS), load_file(other / WEIGHTS)
+    return first.keys() == second.keys() and all(first[key].equal(second[key]) for key in first)
+
+
+@pytest.mark.parametrize("resume", ["true", "folder"])
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(recipe, tmp_path, resume):
+    main([str(recipe), "--save_steps", "2", "--mixing", "uniform"])
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    again = tmp_path / "again"
+    if resume == "true":
+        shutil.copytree(checkpoint, again / checkpoint.name)
+    start = "true" if resume == "true" else str(checkpoint)
+    main([str(recipe), "--mixing", "uniform", "--output_dir", str(again), "--resume_from_checkpoint", start])
+    assert equal(again, tmp_path / "out")
+    assert not equal(again, checkpoint)
+
+
+def test_a_stock_lora_is_trained_in_the_same_way(recipe, base, tmp_path):
+    main([str(recipe), "--method", "lora"])
+    config = PeftConfig.from_pretrained(tmp_path / "out")
+    assert type(config) is LoraConfig
+    assert config.r == 4
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model(torch.tensor([[4, 6, 5]])).logits.isfinite().all()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing` is deprecated:FutureWarning"
+)  # renamed in transformers 5.23
+def test_gradient_checkpointing_ends_with_the_same_weights(recipe, tmp_path):
+    main([str(recipe), "--protocol", "bare"])
+    options = ["--gradient_checkpointing", "true", "--output_dir", str(tmp_path / "again")]
+    main([str(recipe), "--protocol", "bare", *options])
+    first, second = (load_file(tmp_path / name / WEIGHTS) for name in ("out", "again"))
+    for key in first:
+        torch.testing.assert_close(first[key], second[key])
+
+
+def test_tensorboard_gets_the_score_of_each_task(recipe, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    main([str(recipe), "--report_to", "tensorboard", "--eval_strategy", "steps", "--eval_steps", "2"])
+    (events,) = (tmp_path / "out").rglob("events.out.tfevents.*")
+    reader = event_accumulator.EventAccumulator(str(events)).Reload()
+    assert [event.step for event in reader.Scalars("eval/leaf")] == [2, 4]
+
+
+def test_pushing_sends_our_card_and_the_adapter_loads_from_the_hub(recipe, hub, tmp_path):
+    environment = client_environment(hub, home=tmp_path / "hf_home")
+    push = ["--push_to_hub", "true", "--hub_model_id", "local/trees"]
+    subprocess.run([sys.executable, TRAIN, str(recipe), *push], env=environment, check=True, capture_output=True)
+    load = (
+        "import peft_moe, huggingface_hub, peft\n"
+        "print(peft.PeftConfig.from_pretrained('local/trees').task_names)\n"
+        "print(huggingface_hub.ModelCard.load('local/trees').content)"
+    )
+    done = subprocess.run([sys.executable, "-c", load], env=environment, check=True, capture_output=True, text=True)
+    assert "['size', 'leaf']" in done.stdout
+    assert "peft-moe fold local/trees --task size --out size-lora" in done.stdout
+    assert done.stdout.count("\n# trees") == 1
+
+
+def test_two_processes_train_one_adapter_and_share_the_evaluation(recipe, tmp_path):
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
+    printed = run([*launch, TRAIN, str(recipe), "--per_device_train_batch_size", "2", "--eval_strategy", "epoch"])
+    assert printed.count("all_results.json are in") == 1
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "| rows per step | 4 |" in card.text
+    two = json.loads((tmp_path / "out" / "all_results.json").read_text())["test"]
+    assert [two[task]["n"] for task in ("size", "leaf")] == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--r", "5"], "r=5"),
+        (["--tasks", "size"], "leaf"),
+        (["--eval_split", "exam", "--eval_strategy", "epoch"], "exam"),
+    ],
+)
+def test_a_wrong_argument_is_named_before_training(recipe, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        main([str(recipe), *flags])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_understood_and_use_data_that_is_here(path, tmp_path):
+    arguments = (ModelArguments, DataArguments, AdapterArguments, TrainingArguments)
+    _, data_args, adapter_args, args = parse_arguments(arguments, [str(path), "--use_cpu", "true"])
+    assert (ROOT / data_args.dataset / "train.jsonl").exists()
+    assert adapter_args.config(["a", "b"]).r == 16
+    assert args.output_dir == f"outputs/{path.stem}"
+    header = path.read_text().split("\n\n")[0]
+    assert f"python scripts/train.py recipes/{path.name}" in header

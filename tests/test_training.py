@@ -1,0 +1,206 @@
+"""TaskCollator on real collators and trainers, and the scores that TaskEvaluation hands to the Trainer."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import make_model
+from tiny_text import make_tokenizer, write_data
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from peft_moe import MoeLoraConfig
+from peft_moe.data import encode, read_examples, read_task_info
+from peft_moe.evaluation import evaluate_tasks
+from peft_moe.training import TaskCollator, TaskEvaluation, score_with_trainer
+
+TASKS = ["size", "leaf"]
+COLLATORS = {
+    "seq2seq": DataCollatorForSeq2Seq(make_tokenizer(), pad_to_multiple_of=16),
+    "padding": DataCollatorWithPadding(make_tokenizer()),
+    "default": default_data_collator,
+}
+
+
+def make_rows(column: str, values: list) -> list[dict]:
+    shared = {"attention_mask": [1, 1, 1], "labels": [-100, -100, 2]}
+    return [{"input_ids": [4, 6 + i, 2], **shared, column: value} for i, value in enumerate(values)]
+
+
+def make_trainer(folder: Path, model: PeftModel, rows: Dataset, tasks: list[str] | None, **arguments) -> Trainer:
+    defaults = {"max_steps": 2, "per_device_train_batch_size": 4, "report_to": "none", "disable_tqdm": True}
+    tokenizer = make_tokenizer()
+    collator = DataCollatorForSeq2Seq(tokenizer)
+    return Trainer(
+        model,
+        TrainingArguments(str(folder / "out"), use_cpu=True, **defaults | arguments),
+        data_collator=TaskCollator(collator, tasks),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tokenizer,
+    )
+
+
+def make_moelora() -> PeftModel:
+    torch.manual_seed(0)
+    config = MoeLoraConfig(task_type="CAUSAL_LM", r=4, num_experts=2, tasks=TASKS, target_modules="all-linear")
+    return get_peft_model(make_model("llama"), config)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_data(tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", COLLATORS)
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 1, 1], [0, 1, 1]),
+        (["leaf", "size", "leaf"], [1, 0, 1]),
+        ([torch.tensor(1), np.int64(0), 1], [1, 0, 1]),
+        ([[1], ["size"], 0], [1, 0, 0]),
+        ([[0, 1], "leaf", [1, 0]], [[0, 1], [1, -1], [1, 0]]),
+        ([torch.tensor([0, 1]), 0, [1]], [[0, 1], [0, -1], [1, -1]]),
+    ],
+)
+def test_task_ids_join_the_batch_that_the_inner_collator_makes(name, values, expected):
+    collator = COLLATORS[name]
+    batch = TaskCollator(collator, TASKS)(make_rows("task_ids", values))
+    alone = collator([{k: v for k, v in row.items() if k != "task_ids"} for row in make_rows("task_ids", values)])
+    assert batch.pop("task_ids").tolist() == expected
+    assert {key: value.tolist() for key, value in batch.items()} == {
+        key: value.tolist() for key, value in alone.items()
+    }
+
+
+def test_the_column_may_have_another_name_and_rows_are_left_as_they_were():
+    rows = make_rows("task", ["leaf"])
+    assert TaskCollator(default_data_collator, TASKS, column="task")(rows)["task_ids"].tolist() == [1]
+    assert rows == make_rows("task", ["leaf"])
+
+
+def test_a_pickled_collator_gives_the_same_batch():
+    collator = TaskCollator(COLLATORS["seq2seq"], TASKS)
+    rows = make_rows("task_ids", ["leaf", 0])
+    assert pickle.loads(pickle.dumps(collator))(rows)["task_ids"].equal(collator(rows)["task_ids"])
+
+
+@pytest.mark.parametrize(
+    ("tasks", "value", "message"),
+    [
+        (TASKS, "bark", r"Unknown task 'bark'.*\['size', 'leaf'\]"),
+        (TASKS, 2, "Unknown task 2.*below 2"),
+        (TASKS, -1, "Unknown task -1"),
+        (TASKS, [], "at least one task"),
+        (None, "leaf", r"'leaf'.*tasks=\[\.\.\.\]"),
+    ],
+)
+def test_a_task_that_is_not_known_is_refused(tasks, value, message):
+    with pytest.raises(ValueError, match=message):
+        TaskCollator(default_data_collator, tasks)(make_rows("task_ids", [value]))
+
+
+def test_a_row_without_task_says_which_keys_it_has_and_who_drops_columns():
+    with pytest.raises(
+        ValueError, match=r"only \['attention_mask', 'input_ids', 'labels', 'task'\].*remove_unused_columns=False"
+    ):
+        TaskCollator(default_data_collator, TASKS)(make_rows("task", ["leaf"]))
+
+
+def test_a_trainer_that_drops_the_task_column_stops_with_an_error(tmp_path, data):
+    rows = encode(read_examples(str(data)), make_tokenizer(), tasks=TASKS)
+    lora = get_peft_model(make_model("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    with pytest.raises(ValueError, match="remove_unused_columns=False"):
+        make_trainer(tmp_path, lora, rows, TASKS).train()
+
+
+def test_a_collator_that_merges_rows_is_refused():
+    with pytest.raises(ValueError, match="made 1 batch rows of 2 rows"):
+        TaskCollator(DataCollatorWithFlattening(), TASKS)(make_rows("task_ids", [0, 1]))
+
+
+def test_trainer_trains_the_embedding_of_the_tasks_in_the_batches_only(tmp_path, data):
+    examples = read_examples(str(data)).filter(lambda row: row["task"] == "leaf")
+    model = make_moelora()
+    before = {name: value.clone() for name, value in model.named_parameters() if value.requires_grad}
+    rows = encode(examples, make_tokenizer(), tasks=TASKS)
+    make_trainer(tmp_path, model, rows, TASKS, learning_rate=0.1, weight_decay=0.0).train()
+    (embedding,) = [name for name, value in before.items() if value.shape[0] == len(TASKS) and "embedding" in name]
+    change = (model.get_parameter(embedding) - before[embedding]).abs().amax(dim=1)
+    assert change[TASKS.index("size")] == 0
+    assert change[TASKS.index("leaf")] > 0
+
+
+def test_scores_of_each_task_reach_the_metrics_the_log_and_the_choice_of_the_best(tmp_path, data):
+    examples, info = read_examples(str(data), split="dev"), read_task_info(str(data))
+    rows = encode(examples, make_tokenizer(), tasks=TASKS)
+    trainer = make_trainer(
+        tmp_path,
+        make_moelora(),
+        rows,
+        TASKS,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="best",
+        metric_for_best_model="mean",
+        learning_rate=0.05,
+    )
+    trainer.add_callback(TaskEvaluation(trainer, examples, info, max_new_tokens=2))
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "eval_mean" in entry]
+    assert [entry["step"] for entry in logged] == [1, 2, 3, 4]
+    assert trainer.state.best_metric == max(entry["eval_mean"] for entry in logged)
+    assert all(entry["eval_mean"] == (entry["eval_leaf"] + entry["eval_size"]) / 2 for entry in logged)
+    metrics = trainer.evaluate()
+    assert {"eval_loss", "eval_leaf", "eval_size", "eval_mean"} <= metrics.keys()
+
+
+def test_scores_with_a_trainer_are_those_without_one(tmp_path, data):
+    examples, info = read_examples(str(data), split="dev"), read_task_info(str(data))
+    model = make_moelora()
+    trainer = make_trainer(tmp_path, model, encode(examples, make_tokenizer(), tasks=TASKS), TASKS, learning_rate=0.05)
+    trainer.train()
+    with_trainer = score_with_trainer(trainer, examples, info, max_new_tokens=2)
+    assert with_trainer == evaluate_tasks(model, make_tokenizer(), examples, info, max_new_tokens=2)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL 1.16 sets it
+def test_rows_reach_the_model_with_their_tasks_through_trl(tmp_path, data):
+    trl = pytest.importorskip("trl")
+    rows = encode(read_examples(str(data)), make_tokenizer(), tasks=TASKS)
+    arguments = trl.SFTConfig(
+        str(tmp_path / "out"),
+        max_steps=2,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    model = make_moelora()
+    trainer = trl.SFTTrainer(
+        model,
+        arguments,
+        data_collator=TaskCollator(DataCollatorForLanguageModeling(pad_token_id=0), TASKS),
+        train_dataset=rows,
+        processing_class=make_tokenizer(),
+    )
+    seen = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["task_ids"]), with_kwargs=True)
+    trainer.train()
+    assert len(seen) == 2
+    assert set(torch.cat(seen).tolist()) == {0, 1}
