@@ -180,17 +180,10 @@ def test_pushing_sends_our_card_and_the_adapter_loads_from_the_hub(recipe, hub, 
 
 
 def test_two_processes_train_one_adapter_and_share_the_evaluation(recipe, tmp_path):
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-    ]
-    printed = run([*launch, TRAIN, str(recipe), "--per_device_train_batch_size", "2", "--eval_strategy", "epoch"])
+    # --cpu would start one process whatever their number; --multi_gpu without a GPU starts all, on gloo
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    flags = ["--per_device_train_batch_size", "2", "--eval_strategy", "epoch"]
+    printed = run([*launch, "--main_process_port", "0", TRAIN, str(recipe), *flags])
     assert printed.count("all_results.json are in") == 1
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert "| rows per step | 4 |" in card.text

@@ -65,7 +65,7 @@ def encode(
         cut = max(0, len(prompt) + len(answer) - max_length)
         ids = prompt[cut:] + answer
         labels = [-100] * (len(ids) - len(answer)) + answer
-        encoded = {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+        encoded: dict[str, Any] = {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
         if tasks is not None:
             names = row["task"]
             encoded["task_ids"] = tasks.index(names) if isinstance(names, str) else [tasks.index(n) for n in names]
@@ -160,8 +160,8 @@ def check_tasks(examples: Dataset, tasks: Sequence[str]) -> None:
     found = {name for task in examples["task"] for name in ([task] if isinstance(task, str) else task)}
     if unknown := sorted(found - set(tasks)):
         raise ValueError(
-            f"The data has tasks {unknown} that are not among the adapter's tasks {list(tasks)}; take their rows out, or "
-            "train an adapter that has them."
+            f"The data has tasks {unknown} that are not among the adapter's tasks {list(tasks)}; leave their rows out, "
+            "or train an adapter that has them."
         )
 
 
