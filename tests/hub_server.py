@@ -245,6 +245,13 @@ def tree(request: Handler, kind: str, name: str, revision: str, folder: str | No
     return [entry for path, entry in below.items() if recursive or "/" not in path[len(prefix) :]]
 
 
+@route("POST", KIND + NAME + "/paths-info/(?P<revision>[^/]+)")
+def paths_info(request: Handler, kind: str, name: str, revision: str) -> list[dict]:
+    repo = request.repo(kind, name)
+    files = repo.commits[repo.resolve(revision)]
+    return [files[path].entry(path) for path in parse_qs(request.body.decode())["paths"] if path in files]
+
+
 @route("GET", r"/(?:(?P<kind>dataset)s/)?(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 def download(request: Handler, kind: str | None, name: str, revision: str, path: str) -> Reply:
     repo = request.repo(kind or "model", name)

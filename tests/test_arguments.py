@@ -39,9 +39,9 @@ def parse(folder: Path, yaml: str, *flags: str) -> tuple[Fields, More]:
 
 
 def test_yaml_fills_every_kind_of_field(tmp_path):
-    yaml = "name: a\nrank: 4\nrate: 2e-4\nkind: two\ntasks: [b, c]\nfast: false\nstart: null\noptions: {d: 1}\nseed: 5"
+    yaml = "name: a\nrank: 4\nrate: 2e-4\nkind: two\ntasks: [b, 3]\nfast: false\nstart: null\noptions: {d: 1}\nseed: 5"
     first, second = parse(tmp_path, yaml)
-    assert first == Fields(name="a", rank=4, rate=2e-4, kind="two", tasks=["b", "c"], fast=False, start=None)
+    assert first == Fields(name="a", rank=4, rate=2e-4, kind="two", tasks=["b", "3"], fast=False, start=None)
     assert second == More(options='{"d": 1}', seed=5)
 
 
