@@ -78,10 +78,10 @@ def _convert(source: Path, out: Path) -> None:
     tokenizer.pad_token = "<|endoftext|>"
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    # The weights are dense now, but transformers still calls the model quantized, and then neither saves nor trains it.
+    # The weights are dense now, but newer transformers still call the model quantized, and neither save nor train it.
     for claim in ("hf_quantizer", "quantization_method", "is_quantized"):
-        model.__dict__.pop(claim, None)
-    del model.config.quantization_config
+        vars(model).pop(claim, None)
+    vars(model.config).pop("quantization_config", None)
     model._weight_conversions = None
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -70,7 +70,7 @@ def test_several_tasks_fold_to_their_mean(tmp_path):
 def test_a_folded_adapter_loads_where_peft_moe_is_not_installed(tmp_path):
     model, inputs = routed("llama"), make_inputs("llama", labels=False)
     make_model("llama").save_pretrained(tmp_path / "base")
-    out = fold(model, tmp_path / "f", task="rad")
+    fold(model, tmp_path / "f", task="rad")
     torch.save(inputs, tmp_path / "inputs.pt")
     code = """
 import sys, torch
@@ -113,7 +113,7 @@ def test_nothing_on_disk_is_lost(tmp_path):
     out = fold(model, tmp_path / "f", task="icd")
     (out / "notes.txt").write_text("mine")
     before = (out / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(FileExistsError, match="holds an adapter already.*overwrite=True"):
+    with pytest.raises(FileExistsError, match=r"holds \[.*\] already.*overwrite=True"):
         fold(model, out, task="rad")
     with pytest.raises(ValueError, match="Unknown task 'mri'"):
         fold(model, out, task="mri", overwrite=True)
@@ -134,8 +134,7 @@ def test_only_adapters_with_tasks_can_be_folded(tmp_path):
     assert not (tmp_path / "f").exists()
 
 
-# -- the command
-# ---------------------------------------------------------------------------------------------------------
+# the command
 
 
 @pytest.fixture
@@ -166,3 +165,28 @@ def test_the_command_fails_with_one_line(adapter, tmp_path, capsys, task, source
     assert error.startswith("peft-moe: ")
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_readme_in_the_way_is_not_overwritten(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds \['README.md'\] already"):
+        fold(routed("llama"), tmp_path, task="icd")
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_what_to_fold_must_be_clear(tmp_path):
+    model = routed("llama")
+    with pytest.raises(TypeError, match="not a Sequential; unwrap the model first"):
+        fold(torch.nn.Sequential(model), tmp_path / "f", task="icd")
+    model.add_adapter("second", config_for("llama"))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match=r"active adapters are \['default', 'second'\]; say which"):
+        fold(model, tmp_path / "f", task="icd")
+
+
+@pytest.mark.parametrize("tasks", [["a/b", "a_b"], ["..", "."]])
+def test_names_of_tasks_cannot_lead_out_of_the_directory(tasks, tmp_path, capsys):
+    routed("llama", tasks=tasks).save_pretrained(tmp_path / "adapter")
+    assert main(["fold", str(tmp_path / "adapter"), "--all-tasks", "--out", str(tmp_path / "out")]) == 1
+    assert "do not make distinct directory names" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]

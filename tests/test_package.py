@@ -58,7 +58,7 @@ def test_a_name_that_somebody_else_has_taken_is_refused(monkeypatch):
         register(PeftMoeType.MOELORA, MoeLoraConfig, MoeLoraModel)
 
 
-@pytest.mark.parametrize("version", ["0.20.0", "0.22.0", "1.0"])
+@pytest.mark.parametrize("version", ["0.20.0", "0.22.0.dev0", "0.22.0", "1.0"])
 def test_another_peft_gives_a_sentence(version):
     done = python(
         "import importlib.metadata as m\n"

@@ -9,7 +9,7 @@ from torch import nn
 
 
 def moelora_equation(x, tasks, w0, bias, a, b, embedding, w_t, alpha, num_experts):
-    """h_j = W0 x + (α / r) Σ_i ω_ji B_i A_i x with ω_j = softmax(W_T e_j): arXiv 2310.18339, section III, one row at a time."""
+    """h_j = W0 x + (α / r) Σ_i ω_ji B_i A_i x, ω_j = softmax(W_T e_j): arXiv 2310.18339, III, row by row."""
     r = a.shape[0]
     per_expert = r // num_experts
     rows = []
@@ -55,7 +55,7 @@ def test_moelora_is_its_equation_in_value_and_gradient(gate_scope, batch_seq):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
 @pytest.mark.parametrize("alpha", [16, 6])
 def test_one_expert_is_stock_lora_with_the_same_weights(name, alpha):
-    """Bitwise when alpha / r is a power of two: that factor commutes with rounding. Else 1e-6, since we scale before B."""
+    """Bitwise when alpha / r is a power of two, which commutes with rounding; else 1e-6, as we scale before B."""
     config = config_for(name, num_experts=1, r=8, lora_alpha=alpha, lora_dropout=0.1)
     ours = get_peft_model(make_model(name), config).train()
     stock_config = LoraConfig(

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peft_moe.routing import Router, TaskGate, encode_tasks, softmax, task_index
+from peft_moe.routing import Batch, Router, TaskGate, encode_tasks, softmax, task_index
 
 NAMES = ["icd", "rad", "def"]
 SAME = [  # what users write, and the ids it stands for
@@ -104,8 +105,29 @@ def test_one_task_is_for_all_rows():
 
 
 def test_rows_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="3 rows of task_ids do not divide 7 rows"):
-        make_router()(torch.zeros(7, 5), torch.tensor([0, 1, 2]))
+    router, ids = make_router(), torch.tensor([0, 1, 2])
+    refused = [
+        ((7, 5), None),  # no multiple
+        ((6, 2, 5), Batch(rows=3, tokens=4)),  # not the rows of this batch: images of the rows, say
+        ((6, 5), Batch(rows=3, tokens=4)),  # nor its tokens
+    ]
+    for shape, batch in refused:
+        with pytest.raises(ValueError, match="for 3 rows of task_ids, and cannot tell"):
+            router(torch.zeros(shape), ids, batch)
+    for shape, batch in [
+        ((6, 2, 5), Batch(rows=6)),
+        ((12, 5), Batch(rows=3, tokens=4)),
+        ((12, 9, 5), Batch(3, images=True)),
+    ]:
+        assert router(torch.zeros(shape), ids, batch).shape[0] == shape[0]
+
+
+def test_a_shared_gate_may_be_on_another_device_than_a_layer_and_the_ids():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda:0"):
+            router = Router(gate=TaskGate(num_tasks=3, num_experts=4, embedding_dim=5), select=softmax)
+        weights = router(torch.zeros(2, 5, 7, device="cuda:1"), torch.zeros(2, dtype=torch.long))
+    assert weights.device == torch.device("cuda:1")
 
 
 def test_weights_are_in_fp32_under_autocast_and_in_a_half_precision_gate():

@@ -132,14 +132,13 @@ def test_requires_grad_can_be_set_for_an_adapter():
     assert all(p.requires_grad for n, p in model.named_parameters() if "moelora" in n)
 
 
-@pytest.mark.parametrize("name", ["gate", "lora_A", "8"])
+@pytest.mark.parametrize("name", ["gate", "lora_A", "8", "model", "q_proj", "0"])
 def test_an_adapter_name_that_collides_with_our_keys_is_refused(name):
-    with pytest.raises(ValueError, match=f"adapter_name='{name}' is a name inside"):
+    with pytest.raises(ValueError, match=f"adapter_name='{name}' is also part of the names"):
         get_peft_model(make_model("llama"), config_for("llama"), adapter_name=name)
 
 
-# -- merging
-# -----------------------------------------------------------------------------------------------------------------
+# merging
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -153,6 +152,9 @@ def test_merging_and_unmerging_a_task(name):
     for other in ("icd", IDS, [["rad", "icd"]] * 3):
         with pytest.raises(ValueError, match=r"merged into the base weights for \['rad'\].*unmerge_adapter"):
             logits(model, inputs, task_ids=other)
+    with model.disable_adapter():  # as a reference pass does, with the batch's own ids
+        assert torch.allclose(logits(model, inputs, task_ids=IDS), logits(make_model(name), inputs), atol=1e-5)
+    model.merge_adapter(task="rad")
     with pytest.warns(UserWarning, match="All adapters are already merged"):
         model.merge_adapter(task="rad")
     model.unmerge_adapter()
@@ -221,8 +223,7 @@ def test_unloading_gives_back_the_base_model():
     )  # and that can be extended anew, without a warning
 
 
-# -- what else peft users have
-# --------------------------------------------------------------------------------------------------
+# what else peft users have
 
 
 def test_model_status_is_that_of_a_stock_adapter():

@@ -5,15 +5,19 @@ import inspect
 import io
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from helpers import TASKS, adapter_gradients, config_for, logits, routed, routed_layers
 from peft import get_peft_model
-from tiny_models import make_inputs, make_model
+from tiny_models import VOCAB, make_inputs, make_model
 from torch.utils.checkpoint import checkpoint
+from transformers import XLNetConfig, XLNetLMHeadModel
 
 from peft_moe import MoeLoraConfig
+from peft_moe.entry import Recomputation
+from peft_moe.tuner import IN_BASE_EXPERTS
 
 IDS = [2, 0, 1]
 NAMED = ["def", "icd", "rad"]
@@ -76,8 +80,7 @@ def test_a_row_can_have_several_tasks():
     torch.testing.assert_close(several, logits(model, inputs, task_ids=["icd", "rad", "rad"]))
 
 
-# -- what a call without ids does
-# ---------------------------------------------------------------------------------------
+# what a call without ids does
 
 
 def test_a_call_without_a_task_is_an_error_that_lists_them_and_says_how():
@@ -200,8 +203,54 @@ def test_task_gates_inside_experts_of_the_base_model_are_refused():
     get_peft_model(Experts(), MoeLoraConfig(target_modules=r".*experts\.0", r=4, num_experts=1))
 
 
-# -- generation
-# ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["experts.3.wi", "mlp.experts.expert_3.wi", "experts.0"])
+def test_names_of_experts_are_recognised(name):
+    assert IN_BASE_EXPERTS.search(name)
+    assert not IN_BASE_EXPERTS.search("model.layers.3.mlp.wi")
+
+
+def test_models_with_the_sequence_first_take_one_task_per_call():
+    sizes = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32}
+    base = XLNetLMHeadModel(XLNetConfig(vocab_size=VOCAB, **sizes)).eval()
+    model = get_peft_model(base, config_for("llama", target_modules=["layer_1"])).eval()
+    inputs = {"input_ids": make_inputs("llama", batch=2, seq=4)["input_ids"]}
+    logits(model, inputs, task_ids="icd")
+    with pytest.raises(ValueError, match="layers of a xlnet model do not see the rows of a batch first; give one task"):
+        logits(model, inputs, task_ids=["icd", "rad"])
+
+
+def test_calls_from_several_threads_keep_their_tasks():
+    model, inputs = routed("llama"), make_inputs("llama")
+    expected = [logits(model, inputs, task_ids=task) for task in TASKS]
+
+    def run(i):
+        return torch.equal(logits(model, inputs, task_ids=TASKS[i % 3]), expected[i % 3])
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(run, range(60)))
+
+
+def test_rows_are_counted_for_models_that_are_called_by_keyword():
+    class Custom(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = torch.nn.Linear(4, 4)
+
+        def forward(self, features):
+            return self.lin(features)
+
+    model = get_peft_model(Custom(), MoeLoraConfig(target_modules=["lin"]))
+    with pytest.raises(ValueError, match="2 entries and the batch has 4 rows"):
+        model(features=torch.zeros(4, 4), task_ids=[0, 1])
+
+
+def test_a_default_task_can_be_set_later():
+    model, inputs = routed("llama"), make_inputs("llama")
+    model.peft_config["default"].default_task = "rad"
+    assert torch.equal(logits(model, inputs), logits(model, inputs, task_ids="rad"))
+
+
+# generation
 
 
 def left_padded(lengths=(5, 3, 4)):
@@ -269,8 +318,7 @@ def test_decoding_with_a_cache_is_the_full_forward():
     assert torch.equal(greedy[:, 4:-1], new[:, 5:])
 
 
-# -- gradient checkpointing, compile
-# ---------------------------------------------------------------------------------------
+# gradient checkpointing, compile
 
 
 def gradients_with(name, use_reentrant, losses):
@@ -313,6 +361,19 @@ def test_checkpointing_gives_the_same_gradients(name, use_reentrant, losses):
     assert plain.keys() == again.keys()
     for key in plain:
         torch.testing.assert_close(again[key], plain[key], rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_checkpointing_is_wrapped_once_and_unwrapped_at_the_end():
+    model = routed("llama").train()
+    model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    for _ in range(3):
+        one_forward(model).backward()
+    functions = [vars(m).get("_gradient_checkpointing_func") for m in model.modules()]
+    wrappers = [f for f in functions if isinstance(f, Recomputation)]
+    assert wrappers
+    assert not any(isinstance(f.checkpoint, Recomputation) for f in wrappers)
+    base = model.unload()
+    assert not any(isinstance(vars(m).get("_gradient_checkpointing_func"), Recomputation) for m in base.modules())
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -360,8 +421,7 @@ def test_a_compiled_model_trains():
         torch.testing.assert_close(a, b)
 
 
-# -- several adapters, other wrappers
-# -----------------------------------------------------------------------------------------
+# several adapters, other wrappers
 
 
 def test_adapters_with_their_own_tasks_take_turns_and_add_up():
@@ -402,10 +462,13 @@ def test_accelerate_prepare_keeps_the_ids():
 
     model, inputs = routed("llama"), make_inputs("llama")
     expected = logits(model, inputs, task_ids=IDS)
-    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    prepared = accelerator.prepare(model)
     torch.testing.assert_close(logits(prepared, inputs, task_ids=IDS), expected, rtol=0.1, atol=0.1)
     with pytest.raises(ValueError, match="No task was given"):
         logits(prepared, inputs)
+    unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert torch.equal(logits(unwrapped, inputs, task_ids=IDS), expected)
 
 
 def test_the_base_model_says_that_it_takes_task_ids_so_that_trainer_keeps_the_column():

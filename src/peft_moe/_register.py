@@ -5,7 +5,7 @@ from typing import cast
 
 from packaging.version import Version
 
-OLDEST_PEFT, FIRST_UNTRIED_PEFT = "0.21.0", "0.22"
+OLDEST_PEFT, FIRST_UNTRIED_PEFT = "0.21.0", "0.22.dev0"
 
 # Checked before anything of peft is imported, so that a stranger version meets this sentence and not an ImportError
 # from inside.

@@ -89,4 +89,5 @@ class ExpertBank(nn.Module):
     def delta_weight(self, weights: torch.Tensor | None) -> torch.Tensor:
         """What the bank adds to the base weight (out, in) under fixed weights (E,)."""
         a, b = self.folded(weights)
-        return b @ a
+        # Half precision products are slow on some CPUs and round twice; peft's LoRA widens them too.
+        return (b.float() @ a.float()).to(b.dtype) if b.dtype in (torch.float16, torch.bfloat16) else b @ a

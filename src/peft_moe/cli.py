@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
+    except KeyError as error:  # what peft makes of an adapter type it does not know
+        print(f"peft-moe: {arguments.adapter} is an adapter of type {error}, which peft does not know", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"peft-moe: {error}", file=sys.stderr)
         return 1
@@ -46,7 +50,9 @@ def _fold(arguments: argparse.Namespace) -> None:
     config = PeftConfig.from_pretrained(arguments.adapter, **hub)
     names = config.task_names if isinstance(config, MoeConfig) else []
     if arguments.all_tasks and names:
-        outs = {name: arguments.out / name.replace("/", "_") for name in names}
+        outs = {name: arguments.out / re.sub(r"[^\w.-]|^\.+$", "_", name) for name in names}
+        if len(set(outs.values())) < len(names):
+            raise ValueError(f"Tasks {names} do not make distinct directory names; fold them one by one with --task.")
     else:
         outs = {arguments.task: arguments.out}
     for task, out in outs.items():

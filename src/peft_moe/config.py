@@ -102,18 +102,21 @@ class MoeConfig(PeftConfig):
             )
 
     def _check_numbers(self) -> None:
-        for name, value in [("num_experts", self.num_experts), *self.num_experts_pattern.items()]:
-            check_count(name, value, "a number of experts")
-        for name, value in self.rank_pattern.items():
-            check_count(f"rank_pattern[{name!r}]", value, "a rank")
-        if not 0 <= self.lora_dropout < 1:
+        check_count("num_experts", self.num_experts, "a number of experts")
+        for field_name, what in (("num_experts_pattern", "a number of experts"), ("rank_pattern", "a rank")):
+            for key, value in getattr(self, field_name).items():
+                check_count(f"{field_name}[{key!r}]", value, what)
+        if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
             raise ValueError(
-                f"lora_dropout={self.lora_dropout} is a probability; give a number from 0 up to, not including, 1."
+                f"lora_dropout={self.lora_dropout!r} is a probability; give a number from 0 up to, not including, 1."
             )
-        for name, alpha in [("lora_alpha", self.lora_alpha), *self.alpha_pattern.items()]:
+        for name, alpha in [
+            ("lora_alpha", self.lora_alpha),
+            *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
+        ]:
             if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
                 raise ValueError(f"{name}={alpha!r} scales the adapter; give a number above 0.")
-        if not any(self.init_lora_weights is i or self.init_lora_weights == i for i in INITS):
+        if not any(self.init_lora_weights is init for init in INITS[:2]) and self.init_lora_weights not in INITS[2:]:
             raise ValueError(f"init_lora_weights={self.init_lora_weights!r} is not known; use one of {INITS}.")
         if self.bias != "none":
             raise ValueError(f"bias={self.bias!r}: biases cannot be given to one expert or one task; use bias='none'.")

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .routing import RoutingContext
+from .routing import Batch, RoutingContext
 
 if TYPE_CHECKING:
     from .tuner import MoeTuner
 
-INPUTS = ("input_ids", "inputs", "inputs_embeds", "pixel_values", "input_features", "input_values")
+INPUTS = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
 
 
 class TaskIdsEntry:
@@ -54,14 +54,14 @@ class TaskIdsEntry:
                 setattr(owner, method, there.replaced)
 
     def __call__(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
-        batch_size, device = _rows(self.owner, args, kwargs)
+        if args and args[0] is self.owner:  # accelerate's unwrap_model binds what it finds, as if it were a function
+            args = args[1:]
         context = self.tuner.context
         training = self.owner.training and torch.is_grad_enabled()
-        if training and self.method == "forward":
+        if training and not context.open and not torch.compiler.is_compiling():
             keep_ids_through_checkpointing(self.owner, context)
-        with context.call(
-            task_ids, active=self.tuner.active_adapters, batch_size=batch_size, device=device, training=training
-        ):
+        active = self.tuner.active_adapters if self.tuner.adapters_enabled else ()
+        with context.call(task_ids, active=active, batch=_batch(self.owner, args, kwargs), training=training):
             if isinstance(self.replaced, TaskIdsEntry):  # a tuner inside a tuner is told the same
                 kwargs["task_ids"] = context.told
             if self.replaced is not None:
@@ -100,21 +100,36 @@ class Recomputation:
 
 
 def keep_ids_through_checkpointing(model: nn.Module, context: RoutingContext) -> None:
-    """Wrap the checkpoint functions that transformers' `gradient_checkpointing_enable` has put on modules."""
-    if torch.compiler.is_compiling():
-        return
+    """Wrap the checkpoint functions that transformers' `gradient_checkpointing_enable` has put on modules, once."""
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
-            checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-            ours = isinstance(checkpoint, Recomputation) and checkpoint.context is context
-            if callable(checkpoint) and not ours:
+            checkpoint = vars(module).get("_gradient_checkpointing_func")
+            if callable(checkpoint) and context not in _contexts(checkpoint):
                 vars(module)["_gradient_checkpointing_func"] = Recomputation(checkpoint, context)
 
 
-def _rows(owner: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int | None, torch.device | None]:
-    """Rows and device of the batch, as far as the arguments show them."""
+def undo_checkpointing(model: nn.Module, context: RoutingContext) -> None:
+    """Take the wrappers away again."""
+    for module in model.modules():
+        checkpoint = vars(module).get("_gradient_checkpointing_func")
+        if isinstance(checkpoint, Recomputation) and checkpoint.context is context:
+            vars(module)["_gradient_checkpointing_func"] = checkpoint.checkpoint
+
+
+def _contexts(checkpoint: Callable[..., Any]) -> list[RoutingContext]:
+    """Whose wrappers stand before a checkpoint function, outermost first."""
+    found = []
+    while isinstance(checkpoint, Recomputation):
+        found.append(checkpoint.context)
+        checkpoint = checkpoint.checkpoint
+    return found
+
+
+def _batch(owner: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Batch | None:
+    """The batch of a call, as far as its arguments show it."""
     named = [kwargs.get(name) for name in (getattr(owner, "main_input_name", INPUTS[0]), *INPUTS)]
-    for value in (*named, *args[:1]):
+    for value in (*named, *args[:1], *kwargs.values()):
         if isinstance(value, torch.Tensor) and value.dim() > 0:
-            return value.shape[0], value.device
-    return None, None
+            tokens = value.shape[1] if value.dim() in (2, 3) else None
+            return Batch(rows=value.shape[0], tokens=tokens, images=value.dim() > 3, device=value.device)
+    return None

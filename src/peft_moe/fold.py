@@ -8,7 +8,6 @@ multiplied by ω_ji and the scaling, and a LoRA of the same rank with `lora_alph
 from __future__ import annotations
 
 import re
-import shutil
 import tempfile
 from collections.abc import Sequence
 from itertools import chain
@@ -18,8 +17,9 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save_file
+from torch import nn
 from torch.nn.functional import pad
 
 from .bank import ExpertBank
@@ -57,7 +57,7 @@ def fold(
         out_dir: where to write; made if missing.
         task: the task by name or id, or several for the mean of their embeddings.
         adapter_name: which adapter of a model; None for the active one.
-        overwrite: replace an adapter that is in `out_dir` already.
+        overwrite: replace the adapter and README.md that are in `out_dir`.
         hub_kwargs: for a Hub id: `revision`, `token`, `subfolder`, `cache_dir`.
 
     Returns:
@@ -65,7 +65,8 @@ def fold(
 
     Raises:
         ValueError: unknown task, or an adapter of another kind.
-        FileExistsError: there is an adapter in `out_dir`, and `overwrite` is False.
+        TypeError: a model that is not a `PeftModel`, such as one that is still wrapped for training.
+        FileExistsError: `out_dir` holds files of these names, and `overwrite` is False.
 
     Example:
         >>> fold(model, "icd-lora", task="icd")
@@ -73,27 +74,34 @@ def fold(
     """
     config, state_dict = _read(source, adapter_name, hub_kwargs)
     lora_config, lora_state_dict = fold_state_dict(config, state_dict, task)
-    out_dir = Path(out_dir)
-    if not overwrite and any((out_dir / name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, "adapter_config.json")):
-        raise FileExistsError(f"{out_dir} holds an adapter already; choose another directory, or pass overwrite=True.")
-    out_dir.mkdir(parents=True, exist_ok=True)
+    _write(Path(out_dir), lora_config, lora_state_dict, _card(config, lora_config, task), overwrite)
+    return Path(out_dir)
+
+
+def _write(out_dir: Path, config: LoraConfig, state_dict: dict[str, torch.Tensor], card: str, overwrite: bool) -> None:
+    """Write everything beside `out_dir` first; the config, without which nothing loads, comes last."""
+    files = (SAFETENSORS_WEIGHTS_NAME, "README.md", CONFIG_NAME)
+    there = [name for name in files if (out_dir / name).exists()]
+    if there and not overwrite:
+        raise FileExistsError(f"{out_dir} holds {there} already; choose another directory, or pass overwrite=True.")
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as work:
-        lora_config.save_pretrained(work)
-        save_file(lora_state_dict, Path(work) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        (Path(work) / "README.md").write_text(_card(config, lora_config, task), encoding="utf-8")
-        for file in Path(work).iterdir():  # complete, or not there at all
-            shutil.move(file, out_dir / file.name)
-    return out_dir
+        config.save_pretrained(work)
+        save_file(state_dict, Path(work) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        (Path(work) / "README.md").write_text(card, encoding="utf-8")
+        out_dir.mkdir(exist_ok=True)
+        for name in files:
+            (Path(work) / name).replace(out_dir / name)
 
 
 @torch.no_grad()
 def fold_state_dict(
     config: MoeLoraConfig, state_dict: dict[str, torch.Tensor], task: Task | Sequence[Task]
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """Config and state dict of the stock LoRA that an adapter is under one task; both state dicts as peft saves them."""
+    """Config and state dict of the stock LoRA that an adapter is under one task; state dicts are as peft saves them."""
     banks = {m["key"]: state_dict[name] for name in state_dict if (m := BANK.match(name))}
     if not banks:
-        raise ValueError("The adapter holds no experts: no '….moelora_bank.lora_A.weight'.")
+        raise ValueError("The adapter has no '….moelora_bank.lora_A.weight'.")
     several = isinstance(task, Sequence) and not isinstance(task, str)
     ids = encode_tasks([task] if several else task, config.task_names)
     rank = max(a.shape[0] for a in banks.values())
@@ -134,6 +142,8 @@ def _read(
 ) -> tuple[MoeLoraConfig, dict[str, torch.Tensor]]:
     """Config and state dict of an adapter, in memory or on disk, in peft's own terms."""
     if isinstance(source, PeftModel):
+        if adapter_name is None and len(source.active_adapters) != 1:
+            raise ValueError(f"The active adapters are {source.active_adapters}; say which with adapter_name=.")
         adapter_name = adapter_name or source.active_adapters[0]
         if adapter_name not in source.peft_config:
             raise ValueError(f"adapter_name={adapter_name!r}; the model has {sorted(source.peft_config)}.")
@@ -141,6 +151,10 @@ def _read(
         # Not state_dict(), which would copy or unpack a quantised base too.
         tensors = {n: t.detach() for n, t in chain(source.named_parameters(), source.named_buffers())}
         return config, get_peft_model_state_dict(source, state_dict=tensors, adapter_name=adapter_name)
+    if isinstance(source, nn.Module):
+        raise TypeError(
+            f"fold takes a PeftModel or a directory, not a {type(source).__name__}; unwrap the model first."
+        )
     config = _check(PeftConfig.from_pretrained(str(source), **hub_kwargs), source)
     return config, load_peft_weights(str(source), device="cpu", **hub_kwargs)
 

@@ -90,7 +90,7 @@ class MoeLinear(nn.Module, BaseTunerLayer):
 
     def _weights(self, adapter: str, x: torch.Tensor) -> torch.Tensor | None:
         router = self.router_of(adapter)
-        return None if router is None else router(x, self.context.ids(adapter, x.device))
+        return None if router is None else router(x, *self.context.rows_of(adapter))
 
     def _merge_weights(self, adapter: str) -> torch.Tensor | None:
         """Weights (E,) of the chosen task."""
@@ -110,9 +110,7 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         bank = self._bank(adapter)
         if weights is not None:
             weights = weights.to(bank.lora_A.weight.device)
-        a, b = bank.folded(weights)
-        # Half precision products are slow on some CPUs and round twice; peft's LoRA widens them too.
-        delta = (b.float() @ a.float()).to(b.dtype) if b.dtype in (torch.float16, torch.bfloat16) else b @ a
+        delta = bank.delta_weight(weights)
         return delta.T if self.fan_in_fan_out else delta
 
     @torch.no_grad()

@@ -24,14 +24,16 @@ from transformers.pytorch_utils import Conv1D
 
 from .bank import ExpertBank
 from .config import MoeConfig, warn_unmatched
-from .entry import TaskIdsEntry
+from .entry import TaskIdsEntry, undo_checkpointing
 from .layer import MoeLinear, check_base_layer
 from .routing import Router, RoutingContext
 
 # Names in our own state-dict keys: an adapter called so would be taken for one of them when another adapter is saved.
-RESERVED = {"gate", "embedding", "proj", "lora_A", "lora_B", "weight"}
+RESERVED = {"moelora_bank", "moelora_router", "gate", "embedding", "proj", "lora_A", "lora_B", "weight"}
+# Models whose layers see (seq, batch, hidden), or windows of the sequence before the batch.
+SEQUENCE_FIRST = {"chatglm", "fsmt", "led", "longformer", "transfo-xl", "xlnet"}
 # Linear layers of a base model's own experts: their inputs are tokens picked from all rows.
-IN_BASE_EXPERTS = re.compile(r"(^|\.)experts\.\d+(\.|$)")
+IN_BASE_EXPERTS = re.compile(r"(^|\.)experts\.(expert_)?\d+(\.|$)")
 # Their output projection hands its weight to a fused kernel and is never called.
 MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 
@@ -59,7 +61,10 @@ class MoeTuner(BaseTuner):
     # -- putting layers in --------------------------------------------------------------------------------------------
 
     def _pre_injection_hook(self, model: nn.Module, config: MoeConfig, adapter_name: str) -> None:
-        self.context = RoutingContext()
+        model_type = self.get_model_config(model).get("model_type")
+        reason = f"the layers of a {model_type} model do not see the rows of a batch first"
+        self.context = RoutingContext(one_task_only=reason if model_type in SEQUENCE_FIRST else None)
+        self.adapters_enabled = True
         self.moelora_router = nn.ModuleDict()  # adapter -> number of experts -> Router
 
     def _post_injection_hook(self, model: nn.Module, config: MoeConfig, adapter_name: str) -> None:
@@ -68,13 +73,16 @@ class MoeTuner(BaseTuner):
                 TaskIdsEntry.install(model, method, self)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if adapter_name in RESERVED or adapter_name.isdigit():
+        # peft tells adapters' tensors apart by name, and would take those of such a module for this adapter's.
+        names = {part for key, _ in modules_outside_adapters(model) for part in key.split(".") if "moelora_" not in key}
+        if adapter_name in RESERVED | names or adapter_name.isdigit():
             raise ValueError(
-                f"adapter_name={adapter_name!r} is a name inside this adapter's own state dict; use another than "
-                f"{sorted(RESERVED)} or a number."
+                f"adapter_name={adapter_name!r} is also part of the names of modules, so that saving another adapter "
+                "would lose weights; choose a name that no module has."
             )
         others = [(p, p.requires_grad) for p in self.moelora_router.parameters()]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
         for parameter, requires_grad in others:  # a new adapter leaves the others as they were, as peft has it
             parameter.requires_grad = requires_grad
 
@@ -101,8 +109,8 @@ class MoeTuner(BaseTuner):
         if num_experts > 1 and IN_BASE_EXPERTS.search(key):
             raise ValueError(
                 f"Target module {key!r} is inside a mixture of experts of the base model, whose inputs are tokens "
-                "picked from all rows, so that a row's task is not known there; use exclude_modules=r'.*\\.experts\\..*', or "
-                "num_experts_pattern={r'.*\\.experts\\..*': 1} for a plain LoRA."
+                "picked from all rows, so that a row's task is not known there; use "
+                "exclude_modules=r'.*\\.experts\\..*', or num_experts_pattern={r'.*\\.experts\\..*': 1}: plain LoRA."
             )
 
     def _check_target_module_compatiblity(self, peft_config: MoeConfig, model: nn.Module, target_name: str) -> None:
@@ -135,9 +143,6 @@ class MoeTuner(BaseTuner):
         bank.reset_parameters(self.initialisation(peft_config))
         router, shared = self.build_router(peft_config, adapter_name, len(experts.ranks))
         layer.update_layer(adapter_name, bank=bank, router=router, shared=shared)
-        if router is not None and shared and not any(p.is_meta for p in router.parameters()):
-            like = bank.lora_A.weight  # update_layer has put it where the base layer is
-            router.to(device=like.device, dtype=like.dtype)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -160,8 +165,7 @@ class MoeTuner(BaseTuner):
         """What `init_lora_weights=True` stands for."""
         return config.init_lora_weights
 
-    # -- peft's walks over layers do not reach what the tuner itself holds, so each is continued here
-    # ----------------------
+    # peft's walks over layers do not reach what the tuner itself holds, so each is continued here
 
     def _sync_routers(self, *, inference_mode: bool = False, enabled: bool = True) -> None:
         for name, routers in self.moelora_router.items():
@@ -173,6 +177,7 @@ class MoeTuner(BaseTuner):
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
+        self.adapters_enabled = enabled
         self._sync_routers(enabled=enabled)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -196,19 +201,22 @@ class MoeTuner(BaseTuner):
                 self.moelora_router[adapter_name].float()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """peft calls this on everything that has it, after loading with low_cpu_mem_usage."""
-        if device is None:
-            device = next((p.device for p in self.model.parameters() if p.device.type != "meta"), None)
-        if device is not None and adapter_name in self.moelora_router:
-            self.moelora_router[adapter_name].to(device)
+        """Put shared routers where the first layer is; peft calls this too, after loading with low_cpu_mem_usage."""
+        routers = self.moelora_router[adapter_name] if adapter_name in self.moelora_router else nn.ModuleDict()
+        if any(p.is_meta for p in routers.parameters()):
+            return
+        for layer in self.model.modules():
+            if isinstance(layer, MoeLinear) and adapter_name in layer.moelora_bank:
+                like = cast(ExpertBank, layer.moelora_bank[adapter_name]).lora_A.weight
+                routers.to(device=device or like.device, dtype=like.dtype)
+                return
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         ours = re.sub(rf"(^|\.)(moelora_(?:bank|router))\.{re.escape(adapter_name)}\.", r"\1\2.", key, count=1)
         return ours if ours != key else super()._remove_adapter_name_from_key(key, adapter_name)
 
-    # -- calls
-    # ----------------------------------------------------------------------------------------------------------
+    # calls
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -223,6 +231,7 @@ class MoeTuner(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = cast(nn.Module, super()._unload_and_optionally_merge(*args, **kwargs))
+        undo_checkpointing(model, self.context)
         for method in ("forward", "generate"):
             TaskIdsEntry.remove(model, method)
         return model

@@ -61,9 +61,10 @@ class MoeLoraConfig(MoeConfig):
         if isinstance(self.tasks, int):
             check_count("tasks", self.tasks, "a number of tasks or a list of names")
         else:
+            ordered = isinstance(self.tasks, (list, tuple))  # a set has no order that would outlive this process
+            if not ordered or not self.tasks or not all(isinstance(t, str) and t for t in self.tasks):
+                raise ValueError(f"tasks={self.tasks!r}; give a list of the tasks' names, or how many there are.")
             self.tasks = list(self.tasks)
-            if not self.tasks or not all(isinstance(t, str) and t for t in self.tasks):
-                raise ValueError(f"tasks={self.tasks!r}; give the names of the tasks, or how many there are.")
             twice = sorted({t for t in self.tasks if self.tasks.count(t) > 1})
             if twice:
                 raise ValueError(f"tasks names {twice} more than once; a task has one id, so name each once.")

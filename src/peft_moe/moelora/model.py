@@ -22,8 +22,7 @@ class MoeLoraModel(MoeTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config = cast(MoeLoraConfig, self.peft_config[adapter_name])
-        self.context.know(adapter_name, config.task_names, config.default_task)
+        self.context.know(adapter_name, cast(MoeLoraConfig, self.peft_config[adapter_name]))
 
     def build_router(self, config: MoeLoraConfig, adapter_name: str, num_experts: int) -> tuple[Router | None, bool]:
         if num_experts == 1:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
@@ -18,13 +20,35 @@ HOW = (
 )
 
 
-@dataclass(frozen=True)
-class _Tasks:
-    """The tasks that one adapter knows, and its default as ids (1,)."""
+class Tasks(Protocol):
+    """The tasks that one adapter knows: its config."""
 
-    names: Sequence[str]
-    default: Task | None
-    default_ids: torch.Tensor | None
+    @property
+    def task_names(self) -> list[str]: ...
+
+    default_task: Task | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Shape of the input of the call that layers are run for, as far as its arguments show it.
+
+    Args:
+        rows: length of the first axis.
+        tokens: length of the second axis of token ids or embeddings; None for other inputs.
+        images: the input has four or more axes, and layers may see several windows per row.
+        device: where it is.
+    """
+
+    rows: int
+    tokens: int | None = None
+    images: bool = False
+    device: torch.device | None = None
+
+    def explains(self, rows: int, axes: int) -> bool:
+        """Whether a layer's input with these rows and number of axes keeps the order of this batch."""
+        flattened = axes == 2 and self.tokens is not None and rows == self.rows * self.tokens
+        return rows == self.rows or flattened or (self.images and rows % self.rows == 0)
 
 
 @dataclass(frozen=True)
@@ -33,26 +57,39 @@ class _Call:
 
     told: TaskIds | None = None
     ids: dict[str, torch.Tensor] = field(default_factory=dict)
+    batch: Batch | None = None
 
 
 class RoutingContext:
     """Carries task ids from a call to the layers; one per tuner, and every routed layer holds a reference to it.
 
     The ids of a call come from its `task_ids`, else from the chosen task (`set_task`), else from the adapter's default.
+    Calls from several threads take turns.
+
+    Args:
+        one_task_only: why rows of one call cannot have different tasks, where the base model does not allow it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, one_task_only: str | None = None) -> None:
+        self.one_task_only = one_task_only
         self.merged: dict[str, torch.Tensor] = {}  # by adapter, the task ids (1,) or (1, k) in the base weights now
-        self._tasks: dict[str, _Tasks] = {}
+        self._tasks: dict[str, Tasks] = {}
         self._chosen: Task | Sequence[Task] | None = None
         self._chosen_ids: dict[str, torch.Tensor] = {}
         self._call = _Call()
         self._depth = 0
         self._warned = False
+        self._turn = threading.RLock()
 
-    def know(self, adapter: str, names: Sequence[str], default: Task | None) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_turn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _turn=threading.RLock())
+
+    def know(self, adapter: str, tasks: Tasks) -> None:
         """Take note of an adapter's tasks."""
-        self._tasks[adapter] = _Tasks(names, default, None if default is None else encode_tasks(default, names))
+        self._tasks[adapter] = tasks
 
     def forget(self, adapter: str) -> None:
         """Drop what is known of an adapter."""
@@ -86,8 +123,7 @@ class RoutingContext:
         task_ids: TaskIds | None,
         *,
         active: Sequence[str],
-        batch_size: int | None = None,
-        device: torch.device | None = None,
+        batch: Batch | None = None,
         training: bool = False,
     ) -> Iterator[None]:
         """The span of one call. A call inside it inherits its ids unless it brings its own.
@@ -95,17 +131,25 @@ class RoutingContext:
         Raises:
             ValueError: unknown tasks, another number of ids than rows, ids of another task than the one merged.
         """
-        outermost, before = self._depth == 0, self._call
-        if outermost or task_ids is not None:
-            self._call = self._resolve(task_ids, active, batch_size, device, training)
-        self._depth += 1
-        try:
-            yield
-        finally:
-            self._depth -= 1
-            # Kept after the outermost call: checkpointing runs layers again in backward, which must see the same ids.
-            if not outermost:
-                self._call = before
+        with nullcontext() if torch.compiler.is_compiling() else self._turn:
+            outermost, before = self._depth == 0, self._call
+            if outermost or task_ids is not None:
+                self._call = self._resolve(task_ids, active, batch, training)
+            elif batch is not None:  # such as a step of generate, which may have repeated the rows
+                self._call = _Call(before.told, before.ids, batch)
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                # Kept after the outermost call: checkpointing runs layers again in backward, which must see the same.
+                if not outermost:
+                    self._call = before
+
+    @property
+    def open(self) -> bool:
+        """Whether a call is under way."""
+        return self._depth > 0
 
     @property
     def current(self) -> _Call | None:
@@ -121,16 +165,17 @@ class RoutingContext:
     @contextmanager
     def replay(self, call: _Call) -> Iterator[None]:
         """Run layers for an earlier call again."""
-        before, self._call = self._call, call
-        self._depth += 1
-        try:
-            yield
-        finally:
-            self._depth -= 1
-            self._call = before
+        with self._turn:
+            before, self._call = self._call, call
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                self._call = before
 
-    def ids(self, adapter: str, device: torch.device) -> torch.Tensor:
-        """Task ids (n,) or (n, k) of the current call for an adapter.
+    def rows_of(self, adapter: str) -> tuple[torch.Tensor, Batch | None]:
+        """Task ids (n,) or (n, k) of the current call for an adapter, and the batch they belong to.
 
         Raises:
             ValueError: the call was given none; the message lists the tasks and says how to give one.
@@ -138,10 +183,9 @@ class RoutingContext:
         call = self.current or self._resolve(None, (adapter,))
         ids = call.ids.get(adapter)
         if ids is None:
-            raise ValueError(
-                f"No task was given, and adapter {adapter!r} knows {list_tasks(self._tasks[adapter].names)}: {HOW}"
-            )
-        return ids.to(device)
+            known = list_tasks(self._tasks[adapter].task_names)
+            raise ValueError(f"No task was given, and adapter {adapter!r} knows {known}: {HOW}")
+        return ids, call.batch
 
     def one_task(self, adapter: str) -> torch.Tensor:
         """The chosen task as ids (1,) or (1, k), for work that is done once for all rows, such as merging.
@@ -153,33 +197,29 @@ class RoutingContext:
         if ids is None:
             raise ValueError(
                 "This is done for one task, and none was chosen; pass task= with one of "
-                f"{list_tasks(self._tasks[adapter].names)}, or choose one with model.set_task(...)."
+                f"{list_tasks(self._tasks[adapter].task_names)}, or choose one with model.set_task(...)."
             )
         return ids
 
     def _encode(self, adapter: str, task: Task | Sequence[Task]) -> torch.Tensor:
         """A task, or several for the same rows, as ids (1,) or (1, k)."""
         several = isinstance(task, Sequence) and not isinstance(task, str)
-        return encode_tasks([task] if several else task, self._tasks[adapter].names)
+        return encode_tasks([task] if several else task, self._tasks[adapter].task_names)
 
     def _chosen_or_default(self, adapter: str) -> torch.Tensor | None:
         if self._chosen is None:
-            return self._tasks[adapter].default_ids
+            default = self._tasks[adapter].default_task
+            return None if default is None else self._encode(adapter, default)
         chosen = self._chosen_ids.get(adapter)
         return self._encode(adapter, self._chosen) if chosen is None else chosen
 
     def _resolve(
-        self,
-        task_ids: TaskIds | None,
-        active: Sequence[str],
-        batch_size: int | None = None,
-        device: torch.device | None = None,
-        training: bool = False,
+        self, task_ids: TaskIds | None, active: Sequence[str], batch: Batch | None = None, training: bool = False
     ) -> _Call:
         found = {}
         for adapter, tasks in self._tasks.items():
             try:
-                ids = self._chosen_or_default(adapter) if task_ids is None else encode_tasks(task_ids, tasks.names)
+                ids = self._chosen_or_default(adapter) if task_ids is None else encode_tasks(task_ids, tasks.task_names)
             except (ValueError, TypeError):
                 if adapter in active:
                     raise
@@ -187,20 +227,29 @@ class RoutingContext:
             if ids is None:
                 continue  # a bank of one needs none; the layer that needs one says so
             if adapter in active:
-                _check_rows(ids, batch_size)
+                self._check_rows(ids, batch)
                 if task_ids is not None or self._chosen is not None:
                     self._check_merged(adapter, ids)
                 else:
-                    self._warn_of_default(tasks.default, training)
-            found[adapter] = ids if device is None else ids.to(device)
-        return _Call(task_ids, found)
+                    self._warn_of_default(tasks.default_task, training)
+            found[adapter] = ids if batch is None else ids.to(batch.device)
+        return _Call(task_ids, found, batch)
+
+    def _check_rows(self, ids: torch.Tensor, batch: Batch | None) -> None:
+        if batch is not None and ids.shape[0] not in (1, batch.rows):
+            raise ValueError(
+                f"task_ids has {ids.shape[0]} entries and the batch has {batch.rows} rows; "
+                "give one task per row, or one for all."
+            )
+        if self.one_task_only and ids.shape[0] > 1:
+            raise ValueError(f"task_ids has an entry per row, and {self.one_task_only}; give one task for the batch.")
 
     def _check_merged(self, adapter: str, ids: torch.Tensor) -> None:
         merged = self.merged.get(adapter)
-        if merged is not None and not (
-            ids.shape[1:] == merged.shape[1:] and bool((ids == merged.to(ids.device)).all())
-        ):
-            names = [self._tasks[adapter].names[i] for i in merged.flatten().tolist() if i >= 0]
+        if merged is None:
+            return
+        if ids.shape[1:] != merged.shape[1:] or bool((ids != merged.to(ids.device)).any()):
+            names = [self._tasks[adapter].task_names[i] for i in merged.flatten().tolist() if i >= 0]
             raise ValueError(
                 f"Adapter {adapter!r} is merged into the base weights for {names}, and other tasks were asked for; "
                 "call model.unmerge_adapter() first."
@@ -215,11 +264,3 @@ class RoutingContext:
                 UserWarning,
                 stacklevel=2,
             )
-
-
-def _check_rows(ids: torch.Tensor, batch_size: int | None) -> None:
-    if batch_size is not None and ids.shape[0] not in (1, batch_size):
-        raise ValueError(
-            f"task_ids has {ids.shape[0]} entries and the batch has {batch_size} rows; "
-            "give one task per row, or one for all."
-        )

@@ -82,10 +82,14 @@ def _check_tensor(tasks: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
     if tasks.dtype == torch.bool:
         tasks = _multi_hot_to_ids(tasks, names)
     tasks = tasks.long().reshape(-1, *tasks.shape[1:])
+    given = tasks if tasks.dim() == 1 else tasks.amax(1)  # one id that has to be there, per row
+    good = (given >= 0).all() & (tasks < len(names)).all() & (tasks >= -1).all()
+    message = f"is out of range; this adapter knows {list_tasks(names)}."
     if tasks.device.type == "cpu" and not torch.compiler.is_compiling():
-        lowest = tasks.amin() if tasks.dim() == 1 else tasks.amax(1).amin()
-        if lowest < 0 or tasks.amax() >= len(names) or tasks.amin() < -1:
-            raise ValueError(f"task_ids={tasks.tolist()} is out of range; this adapter knows {list_tasks(names)}.")
+        if not good:
+            raise ValueError(f"task_ids={tasks.tolist()} {message}")
+    else:
+        torch._assert_async(good, f"task_ids {message}")  # neither waits for the device nor breaks a graph
     return tasks
 
 
