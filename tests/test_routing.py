@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from peft_moe.routing import Batch, Router, TaskGate, encode_tasks, softmax, task_index
 
@@ -123,10 +123,16 @@ def test_rows_that_do_not_fit_are_refused():
 
 
 def test_a_shared_gate_may_be_on_another_device_than_a_layer_and_the_ids():
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        with torch.device("cuda:0"):
-            router = Router(gate=TaskGate(num_tasks=3, num_experts=4, embedding_dim=5), select=softmax)
-        weights = router(torch.zeros(2, 5, 7, device="cuda:1"), torch.zeros(2, dtype=torch.long))
+    mode = FakeTensorMode()
+
+    def fake(*shape, device, dtype=torch.float):
+        return FakeTensor(mode, torch.empty(shape, device="meta", dtype=dtype), torch.device(device))
+
+    router = Router(gate=TaskGate(num_tasks=3, num_experts=4, embedding_dim=5), select=softmax)
+    router.gate.embedding.weight = torch.nn.Parameter(fake(3, 5, device="cuda:0"))
+    router.gate.proj.weight = torch.nn.Parameter(fake(4, 5, device="cuda:0"))
+    with mode, torch.no_grad():
+        weights = router(fake(2, 6, 7, device="cuda:1"), fake(2, device="cpu", dtype=torch.long))
     assert weights.device == torch.device("cuda:1")
 
 

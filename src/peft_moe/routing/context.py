@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -53,11 +53,19 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Call:
-    """What one call was told, and its task ids by adapter: (n,) or (n, k); adapters without any are left out."""
+    """What one call was told.
+
+    Args:
+        told: its `task_ids` as they were given.
+        ids: the same by adapter, (n,) or (n, k); adapters without any are left out.
+        batch: its input.
+        kept: what routers have computed in it and need not compute again.
+    """
 
     told: TaskIds | None = None
     ids: dict[str, torch.Tensor] = field(default_factory=dict)
     batch: Batch | None = None
+    kept: dict[Any, torch.Tensor] = field(default_factory=dict)
 
 
 class RoutingContext:
@@ -82,7 +90,7 @@ class RoutingContext:
         self._turn = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_turn"}
+        return {name: value for name, value in vars(self).items() if name != "_turn"} | {"_call": _Call(), "_depth": 0}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _turn=threading.RLock())
@@ -136,7 +144,7 @@ class RoutingContext:
             if outermost or task_ids is not None:
                 self._call = self._resolve(task_ids, active, batch, training)
             elif batch is not None:  # such as a step of generate, which may have repeated the rows
-                self._call = _Call(before.told, before.ids, batch)
+                self._call = replace(before, batch=batch)
             self._depth += 1
             try:
                 yield
@@ -174,8 +182,8 @@ class RoutingContext:
                 self._depth -= 1
                 self._call = before
 
-    def rows_of(self, adapter: str) -> tuple[torch.Tensor, Batch | None]:
-        """Task ids (n,) or (n, k) of the current call for an adapter, and the batch they belong to.
+    def rows_of(self, adapter: str) -> tuple[torch.Tensor, Batch | None, dict[Any, torch.Tensor]]:
+        """Of the current call: an adapter's task ids (n,) or (n, k), the batch they belong to, and what routers keep.
 
         Raises:
             ValueError: the call was given none; the message lists the tasks and says how to give one.
@@ -185,7 +193,7 @@ class RoutingContext:
         if ids is None:
             known = list_tasks(self._tasks[adapter].task_names)
             raise ValueError(f"No task was given, and adapter {adapter!r} knows {known}: {HOW}")
-        return ids, call.batch
+        return ids, call.batch, call.kept
 
     def one_task(self, adapter: str) -> torch.Tensor:
         """The chosen task as ids (1,) or (1, k), for work that is done once for all rows, such as merging.

@@ -24,19 +24,31 @@ class Router(nn.Module):
         self.gate = gate
         self.select = select
 
-    def forward(self, x: torch.Tensor, tasks: torch.Tensor, batch: Batch | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        tasks: torch.Tensor,
+        batch: Batch | None = None,
+        kept: dict[Router, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Weights for x (rows, ..., in) from task ids (n,) or (n, k), as (rows or 1, 1, ..., E) on the device of x.
 
         Args:
             x: input of a layer.
             tasks: ids of the rows of the batch.
             batch: the batch, to tell rows that were repeated from rows that are something else.
+            kept: weights by router, for the layers and decoding steps of one call; used where there is no gradient.
 
         Raises:
             ValueError: the rows of x are not those of the batch.
         """
+        # With a gradient each layer computes its own: reentrant checkpointing cannot reach into another.
+        if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            kept = {}
+        if self not in kept:
+            kept[self] = self.of_tasks(tasks)
         # A gate that layers share may be on another device than this layer.
-        return _spread_over_rows(self.of_tasks(tasks).to(x.device), x, batch)
+        return _spread_over_rows(kept[self].to(x.device), x, batch)
 
     def of_tasks(self, tasks: torch.Tensor) -> torch.Tensor:
         """The weights (n, E) of tasks (n,) or (n, k), whatever the input is."""
