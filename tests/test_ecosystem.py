@@ -115,27 +115,26 @@ def test_an_adapter_goes_to_the_hub_and_comes_back_bit_by_bit(run_with_hub):
     done = run_with_hub(
         """
 import torch
-from helpers import TASKS, config_for, logits, routed
+from helpers import config_for, logits
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from tiny_models import make_inputs, make_model
-from peft_moe import fold
 from peft_moe.cli import main
 
-base = make_model("llama")
-base.push_to_hub("local/base")
-base = type(base).from_pretrained("local/base")
-model = get_peft_model(base, config_for("llama")).eval()
-inputs = make_inputs("llama")
-expected = logits(model, inputs, task_ids=[2, 0, 1])
+ids = [2, 0, 1]
+make_model("llama").push_to_hub("local/base")
+base = type(make_model("llama")).from_pretrained("local/base")
+model, inputs = get_peft_model(base, config_for("llama")).eval(), make_inputs("llama")
+expected, rad = logits(model, inputs, task_ids=ids), logits(model, inputs, task_ids="rad")
 model.push_to_hub("local/routed", private=True)
-assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained("local/routed").eval(), inputs, task_ids=[2, 0, 1]),
-expected) rad = logits(model, inputs, task_ids="rad")
+pulled = AutoPeftModelForCausalLM.from_pretrained("local/routed").eval()
+assert torch.equal(logits(pulled, inputs, task_ids=ids), expected)
 assert main(["fold", "local/routed", "--task", "rad", "--out", "rad"]) == 0
 stock = PeftModel.from_pretrained(make_model("llama"), "rad").eval()
 assert torch.allclose(logits(stock, inputs), rad, atol=1e-5)
 stock.push_to_hub("local/rad")
-assert torch.equal(logits(PeftModel.from_pretrained(make_model("llama"), "local/rad").eval(), inputs), logits(stock,
-inputs)) print("done")
+pulled = PeftModel.from_pretrained(make_model("llama"), "local/rad").eval()
+assert torch.equal(logits(pulled, inputs), logits(stock, inputs))
+print("done")
 """
     )
     assert done.stdout.strip().endswith("done")

@@ -98,7 +98,7 @@ def decode(model: PeftModel, batch: int, seq: int) -> Callable[[], None]:
     @torch.no_grad()
     def step() -> None:
         model.eval()(**token, past_key_values=cache, logits_to_keep=1)
-        cache.crop(seq)
+        cache.crop(-1)
 
     return step
 
