@@ -95,8 +95,7 @@ def test_a_quantised_base_trains_generates_saves_and_folds(bits, tmp_path):
     model.train()(**inputs, task_ids=IDS).loss.backward()
     assert all(g.abs().sum() > 0 for g in adapter_gradients(model).values())
     model.eval()
-    # before saving: state_dict() of a 4-bit CPU layer, adapter or not, makes bitsandbytes 0.50 change what the layer
-    # computes
+    # before saving: with bitsandbytes 0.50, state_dict() changes what a 4-bit layer computes on CPU, adapter or not
     together, rad = logits(model, inputs, task_ids=IDS), logits(model, inputs, task_ids="rad")
     model.generate(
         inputs["input_ids"], attention_mask=inputs["attention_mask"], task_ids=IDS, max_new_tokens=2, pad_token_id=0

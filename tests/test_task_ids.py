@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from helpers import TASKS, adapter_gradients, config_for, logits, routed, routed_layers
 from peft import get_peft_model
 from tiny_models import VOCAB, make_inputs, make_model
@@ -457,9 +459,16 @@ def test_a_tuner_inside_another_is_told_too():
     torch.testing.assert_close(logits(outer, inputs, task_ids=IDS), alone)  # the new bank adds nothing yet
 
 
-def test_accelerate_prepare_keeps_the_ids():
-    from accelerate import Accelerator
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate keeps one state per process, with the precision that the first to ask for it wanted."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_accelerate_prepare_keeps_the_ids():
     model, inputs = routed("llama"), make_inputs("llama")
     expected = logits(model, inputs, task_ids=IDS)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")

@@ -4,8 +4,7 @@
 
 Trains MOELoRA and a stock LoRA of the same total rank with the same rows, order, steps and learning rate, scores the
 test split per task, and writes results.json and table.md to the output folder. Finished runs are not repeated. The two
-train side by side
-with one thread each: about 25 minutes on two free cores.
+train side by side with one thread each: about half an hour on two free cores.
 """
 
 import argparse

@@ -7,8 +7,7 @@ from packaging.version import Version
 
 OLDEST_PEFT, FIRST_UNTRIED_PEFT = "0.21.0", "0.22.dev0"
 
-# Checked before anything of peft is imported, so that a stranger version meets this sentence and not an ImportError
-# from inside.
+# Checked before anything of peft is imported: a stranger version meets a sentence, not an ImportError from inside.
 _installed = version("peft")
 if not Version(OLDEST_PEFT) <= Version(_installed) < Version(FIRST_UNTRIED_PEFT):
     raise ImportError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from ..config import Experts, MoeConfig, PeftMoeType, check_count
@@ -14,9 +14,8 @@ class MoeLoraConfig(MoeConfig):
     """MOELoRA: `h = W0 x + (alpha / r) · Σ_i softmax(W_T e_task)_i · B_i A_i x` (arXiv 2310.18339, section III).
 
     The weights of the experts depend on the task alone, so that each task can be merged or folded into one LoRA
-    exactly.
-    Defaults are those of the paper and its code: r 16 in 8 experts, alpha 32, dropout 0.1, 16 tasks embedded in 64
-    numbers, one gate for the whole model, all linear layers.
+    exactly. Defaults are those of the paper and its code: r 16 in 8 experts, alpha 32, dropout 0.1, 16 tasks embedded
+    in 64 numbers, one gate for the whole model, all linear layers.
 
     Args:
         r: TOTAL rank of a layer, split evenly over its experts: a layer has as many parameters as a LoRA of rank r.
@@ -37,7 +36,7 @@ class MoeLoraConfig(MoeConfig):
         >>> model(**batch, task_ids=["icd", "triage"])
     """
 
-    r: int = field(default=16)
+    r: int = 16
     lora_dropout: float = 0.1
     tasks: list[str] | int = 16
     default_task: str | int | None = None

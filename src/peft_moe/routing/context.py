@@ -110,8 +110,7 @@ class RoutingContext:
         Raises:
             ValueError: one of the adapters does not know it.
         """
-        # Encoded here and not per call: to torch.compile a tensor is an input, and a name would be a constant to
-        # recompile for.
+        # Encoded here, not per call: to torch.compile a tensor is an input, and a name a constant to recompile for.
         ids = {a: self._encode(a, task) for a in adapters if a in self._tasks} if task is not None else {}
         self._chosen, self._chosen_ids = task, ids
 
