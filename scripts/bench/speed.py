@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -28,22 +29,23 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "speed.json")
     parser.add_argument("--model", default=str(ROOT / "models" / "SmolLM2-135M-Instruct"))
     parser.add_argument("--r", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     results = {}
+    print("| | stock LoRA, ms | MOELoRA, ms | ratio | middle half of the ratios |\n|---|---|---|---|---|")
     for dtype in (torch.float32, torch.bfloat16):
         models = build(arguments.model, arguments.r, dtype)
         for name, make in (("train", training_step), ("prefill", prefill), ("decode", decode)):
             steps = {method: make(model, arguments.batch, arguments.seq) for method, model in models.items()}
-            results[f"{name} {dtype}".replace("torch.", "")] = compare(steps, arguments.rounds)
+            label = f"{name}, {dtype}".replace("torch.", "")
+            r = results[label] = compare(steps, arguments.rounds)
+            low, high = r["ratio_quartiles"]
+            times = f"{r['lora_ms']:.0f} | {r['moelora_ms']:.0f} | {r['ratio']:.2f} | {low:.2f} to {high:.2f}"
+            print(f"| {label} | {times} |", flush=True)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps({"settings": vars(arguments), "results": results}, default=str, indent=1))
-    print("| | stock LoRA, ms | MOELoRA, ms | ratio | middle half of the ratios |\n|---|---|---|---|---|")
-    for name, r in results.items():
-        low, high = r["ratio_quartiles"]
-        print(f"| {name} | {r['lora_ms']:.0f} | {r['moelora_ms']:.0f} | {r['ratio']:.2f} | {low:.2f} to {high:.2f} |")
 
 
 def build(base: str, r: int, dtype: torch.dtype) -> dict[str, PeftModel]:
@@ -103,7 +105,7 @@ def decode(model: PeftModel, batch: int, seq: int) -> Callable[[], None]:
     return step
 
 
-def compare(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, object]:
+def compare(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, Any]:
     """Time the steps in turns, after one untimed round."""
     times: dict[str, list[float]] = {method: [] for method in steps}
     for turn in range(rounds + 1):
