@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from helpers import TARGETS, TASKS, config_for, logits, routed
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny_models import make_inputs, make_model
 
@@ -94,6 +94,15 @@ def test_a_classification_head_comes_along(tmp_path):
     torch.testing.assert_close(
         folded_logits(out, "bert", inputs), logits(model, inputs, task_ids="icd"), rtol=1e-4, atol=1e-5
     )
+
+
+def test_peft_s_own_conversion_gives_the_chosen_task():
+    model, inputs = routed("llama"), make_inputs("llama")
+    model.set_task("rad")
+    config, state_dict = convert_to_lora(model, rank=8)
+    stock = get_peft_model(make_model("llama"), config).eval()
+    assert not set_peft_model_state_dict(stock, state_dict).unexpected_keys
+    torch.testing.assert_close(logits(stock, inputs), logits(model, inputs), rtol=1e-4, atol=1e-5)
 
 
 def test_the_other_adapter_of_a_model_can_be_folded(tmp_path):
