@@ -60,7 +60,7 @@ def test_defaults_are_those_of_the_paper_and_its_code():
     assert (config.r, config.num_experts, config.lora_alpha, config.lora_dropout) == (16, 8, 32, 0.1)
     assert (config.tasks, config.task_embedding_dim, config.gate_scope) == (16, 64, "model")
     assert config.experts_at("any").ranks == (2,) * 8
-    assert config.experts_at("any").scaling == 2.0  # alpha over the TOTAL rank
+    assert config.experts_at("any").scaling == (2.0,) * 8  # alpha over the TOTAL rank
 
 
 def test_patterns_and_rslora_reach_the_experts():
@@ -68,10 +68,10 @@ def test_patterns_and_rslora_reach_the_experts():
         r=8, num_experts=4, lora_alpha=16,
         rank_pattern={"fc1": 12}, alpha_pattern={"fc1": 6}, num_experts_pattern={r"layers\.0\..*": 2},
     )  # fmt: skip
-    assert config.experts_at("layers.1.fc2") == ((2, 2, 2, 2), 2.0)
-    assert config.experts_at("layers.1.fc1") == ((3, 3, 3, 3), 0.5)
-    assert config.experts_at("layers.0.fc1") == ((6, 6), 0.5)
-    assert MoeLoraConfig(r=16, lora_alpha=32, use_rslora=True).experts_at("x").scaling == 8.0
+    assert config.experts_at("layers.1.fc2") == ((2, 2, 2, 2), (2.0,) * 4)
+    assert config.experts_at("layers.1.fc1") == ((3, 3, 3, 3), (0.5,) * 4)
+    assert config.experts_at("layers.0.fc1") == ((6, 6), (0.5,) * 2)
+    assert MoeLoraConfig(r=16, lora_alpha=32, use_rslora=True).experts_at("x").scaling == (8.0,) * 8
 
 
 def test_a_config_round_trips_through_its_file(tmp_path):

@@ -101,11 +101,12 @@ def test_importing_loads_nothing_that_only_training_needs():
 
 # torch only -> layer -> tuner -> a room per paper -> registration; the tools sit on top.
 ORDER = [
-    {"bank", "routing"},
+    {"bank", "losses", "routing", "schedule"},
     {"config"},
-    {"layer", "entry"},
+    {"checkpointing", "entry", "layer"},
     {"tuner"},
-    {"moelora"},
+    {"token_routed"},
+    {"moelora", "molora", "medmoe"},
     {"_register"},
     {"fold"},
     {"metrics", "reading", "arguments", "data"},

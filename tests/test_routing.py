@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from peft_moe.routing import Batch, Router, TaskGate, encode_tasks, softmax, task_index
+from peft_moe.routing import Batch, TaskGate, TaskRouter, View, encode_tasks, softmax, task_index
 
 NAMES = ["icd", "rad", "def"]
 SAME = [  # what users write, and the ids it stands for
@@ -64,7 +64,7 @@ def test_many_tasks_are_listed_in_short():
 
 def make_router(num_experts=4):
     torch.manual_seed(0)
-    return Router(gate=TaskGate(num_tasks=3, num_experts=num_experts, embedding_dim=5), select=softmax).double()
+    return TaskRouter(gate=TaskGate(num_tasks=3, num_experts=num_experts, embedding_dim=5), select=softmax).double()
 
 
 def test_the_gate_is_the_softmax_of_the_projected_embedding():
@@ -95,13 +95,13 @@ def test_several_tasks_are_the_mean_of_their_embeddings():
 )
 def test_weights_follow_the_rows_of_the_batch(shape, rows):
     router = make_router()
-    weights = router(torch.zeros(shape), torch.tensor([0, 1, 2]))
+    weights = router(torch.zeros(shape), View(ids=torch.tensor([0, 1, 2])))
     assert weights.shape == (len(rows), *(1,) * (len(shape) - 2), 4)
     torch.testing.assert_close(weights.flatten(0, -2), router.of_tasks(torch.tensor(rows)))
 
 
 def test_one_task_is_for_all_rows():
-    assert make_router()(torch.zeros(6, 5, 7), torch.tensor([2])).shape == (1, 1, 4)
+    assert make_router()(torch.zeros(6, 5, 7), View(ids=torch.tensor([2]))).shape == (1, 1, 4)
 
 
 def test_rows_that_do_not_fit_are_refused():
@@ -113,13 +113,13 @@ def test_rows_that_do_not_fit_are_refused():
     ]
     for shape, batch in refused:
         with pytest.raises(ValueError, match="for 3 rows of task_ids, and cannot tell"):
-            router(torch.zeros(shape), ids, batch)
+            router(torch.zeros(shape), View(ids=ids, batch=batch))
     for shape, batch in [
         ((6, 2, 5), Batch(rows=6)),
         ((12, 5), Batch(rows=3, tokens=4)),
         ((12, 9, 5), Batch(3, images=True)),
     ]:
-        assert router(torch.zeros(shape), ids, batch).shape[0] == shape[0]
+        assert router(torch.zeros(shape), View(ids=ids, batch=batch)).shape[0] == shape[0]
 
 
 def test_a_shared_gate_may_be_on_another_device_than_a_layer_and_the_ids():
@@ -128,11 +128,11 @@ def test_a_shared_gate_may_be_on_another_device_than_a_layer_and_the_ids():
     def fake(*shape, device, dtype=torch.float):
         return FakeTensor(mode, torch.empty(shape, device="meta", dtype=dtype), torch.device(device))
 
-    router = Router(gate=TaskGate(num_tasks=3, num_experts=4, embedding_dim=5), select=softmax)
+    router = TaskRouter(gate=TaskGate(num_tasks=3, num_experts=4, embedding_dim=5), select=softmax)
     router.gate.embedding.weight = torch.nn.Parameter(fake(3, 5, device="cuda:0"))
     router.gate.proj.weight = torch.nn.Parameter(fake(4, 5, device="cuda:0"))
     with mode, torch.no_grad():
-        weights = router(fake(2, 6, 7, device="cuda:1"), fake(2, device="cpu", dtype=torch.long))
+        weights = router(fake(2, 6, 7, device="cuda:1"), View(ids=fake(2, device="cpu", dtype=torch.long)))
     assert weights.device == torch.device("cuda:1")
 
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import XLNetConfig, XLNetLMHeadModel
 
 from peft_moe import MoeLoraConfig
-from peft_moe.entry import Recomputation
+from peft_moe.checkpointing import Recomputation
 from peft_moe.tuner import IN_BASE_EXPERTS
 
 IDS = [2, 0, 1]

@@ -21,18 +21,34 @@ class ExpertBank(nn.Module):
     Args:
         in_features, out_features: sizes of the linear layer that the bank extends.
         ranks: rank of each expert.
-        scaling: factor on the whole bank (alpha over rank).
+        scaling: factor on each expert (alpha over rank), or one for all.
         dropout: probability of dropping an element of x, applied once for all experts.
+        num_anchored: how many of the first experts are pulled back to zero by `anchor_loss`.
+        anchor_coefficient: its weight in the loss.
     """
 
     expert_of_rank: torch.Tensor | None
+    scaling: torch.Tensor | float
 
     def __init__(
-        self, *, in_features: int, out_features: int, ranks: Sequence[int], scaling: float, dropout: float = 0.0
+        self,
+        *,
+        in_features: int,
+        out_features: int,
+        ranks: Sequence[int],
+        scaling: Sequence[float] | float,
+        dropout: float = 0.0,
+        num_anchored: int = 0,
+        anchor_coefficient: float = 0.0,
     ) -> None:
         super().__init__()
         self.ranks = tuple(ranks)
-        self.scaling = scaling
+        self.num_anchored, self.anchor_coefficient = num_anchored, anchor_coefficient
+        factors = (scaling,) * len(ranks) if isinstance(scaling, (int, float)) else tuple(scaling)
+        if len(set(factors)) == 1:
+            self.scaling = factors[0]
+        else:
+            self.register_buffer("scaling", torch.tensor(factors), persistent=False)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.lora_A = nn.Linear(in_features, sum(ranks), bias=False)
         self.lora_B = nn.Linear(sum(ranks), out_features, bias=False)
@@ -76,11 +92,21 @@ class ExpertBank(nn.Module):
     def _weigh(self, h: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """h (..., R) times the scaled weight of the expert that each rank belongs to."""
         if weights is None:
-            return h * self.scaling
+            return h * self.scaling  # a bank of one
         weights = (weights * self.scaling).to(h.dtype)
         if self.expert_of_rank is not None:
             return h * weights.index_select(-1, self.expert_of_rank)
         return (h.unflatten(-1, (len(self.ranks), -1)) * weights.unsqueeze(-1)).flatten(-2)
+
+    def anchor_loss(self) -> torch.Tensor:
+        """`Σ_i ‖s_i B_i A_i‖²` (Frobenius) over the anchored experts, in float32: how far they are from zero."""
+        ranks = self.ranks[: self.num_anchored]
+        a = self.lora_A.weight[: sum(ranks)].float().split(ranks)
+        b = self.lora_B.weight[:, : sum(ranks)].float().split(ranks, dim=1)
+        factors = self.scaling if isinstance(self.scaling, torch.Tensor) else [self.scaling] * len(ranks)
+        # tr(AᵀBᵀBA) in rank space, without the (out, in) product
+        experts = zip(factors, a, b, strict=False)  # factors are of all experts
+        return torch.stack([s**2 * ((b_i.T @ b_i) * (a_i @ a_i.T)).sum() for s, a_i, b_i in experts]).sum()
 
     def folded(self, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The bank under fixed weights (E,) as one LoRA of rank R and scaling 1: A (R, in), B (out, R)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -17,13 +17,15 @@ class PeftMoeType(str, enum.Enum):
     """Values of `peft_type`. Members compare and hash like the strings that stand in `adapter_config.json`."""
 
     MOELORA = "MOELORA"
+    MOLORA = "MOLORA"
+    MEDMOELORA = "MEDMOELORA"
 
 
 class Experts(NamedTuple):
-    """The experts of one layer: the rank of each and the factor on all of them."""
+    """The experts of one layer: the rank of each and the factor on each."""
 
     ranks: tuple[int, ...]
-    scaling: float
+    scaling: tuple[float, ...]
 
 
 INITS = (True, False, "normal", "kaiming", "gaussian")
@@ -111,7 +113,7 @@ class MoeConfig(PeftConfig):
                 f"lora_dropout={self.lora_dropout!r} is a probability; give a number from 0 up to, not including, 1."
             )
         for name, alpha in [
-            ("lora_alpha", self.lora_alpha),
+            *([("lora_alpha", self.lora_alpha)] if self.lora_alpha is not None else []),
             *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
         ]:
             if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
@@ -131,19 +133,50 @@ class MoeConfig(PeftConfig):
             f"{type(self).__name__} does not say how its experts are made; use one of its subclasses."
         )
 
+    def resolve(self, keys: Sequence[str]) -> None:
+        """Settle what depends on the model, given the names of its modules; the result is saved with the adapter."""
+
     @property
     def task_names(self) -> list[str]:
-        """Names of the tasks by id; none where routing does not depend on a task."""
+        """Names of the tasks by id; none where the adapter knows no tasks."""
         return []
 
-    def _scaling(self, key: str, rank: int) -> float:
-        alpha = self.at(self.alpha_pattern, key, self.lora_alpha)
+    def _scaling(self, key: str, rank: int, default_alpha: float | None = None) -> float:
+        alpha = self.at(self.alpha_pattern, key, self.lora_alpha if default_alpha is None else default_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     @staticmethod
     def at(pattern: Mapping[str, float], key: str, default: float) -> float:
         """The value of a `*_pattern` field for the module at `key`, matched as peft matches its own."""
         return pattern.get(get_pattern_key(list(pattern), key), default)
+
+
+def check_tasks(tasks: object) -> list[str] | int:
+    """The value of a `tasks` field; raise a ValueError unless it is a list of unique names or a number."""
+    if isinstance(tasks, int):
+        check_count("tasks", tasks, "a number of tasks or a list of names")
+        return tasks
+    ordered = isinstance(tasks, (list, tuple))  # a set has no order that would outlive this process
+    if not ordered or not tasks or not all(isinstance(t, str) and t for t in tasks):  # type: ignore[attr-defined]
+        raise ValueError(f"tasks={tasks!r}; give a list of the tasks' names, or how many there are.")
+    names = list(tasks)  # type: ignore[call-overload]
+    twice = sorted({t for t in names if names.count(t) > 1})
+    if twice:
+        raise ValueError(f"tasks names {twice} more than once; a task has one id, so name each once.")
+    return names
+
+
+def names_of(tasks: list[str] | int | None) -> list[str]:
+    """Names of the tasks by id; `"0"`, `"1"`, … where only their number is known."""
+    return [str(i) for i in range(tasks)] if isinstance(tasks, int) else tasks or []
+
+
+def check_fraction(name: str, value: object, what: str, *, low: float = 0, high: float = math.inf) -> None:
+    """Raise a ValueError unless `value` is a number with `low <= value <= high`, finite."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high:  # type: ignore[operator]
+        limits = f"from {low:g} up" if math.isinf(high) else f"from {low:g} to {high:g}"
+        raise ValueError(f"{name}={value!r} is {what}; give a number {limits}.")
 
 
 def check_count(name: str, value: object, what: str) -> None:

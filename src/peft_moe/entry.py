@@ -1,21 +1,22 @@
-"""Where task ids enter a model: the border with peft's and transformers' calls.
+"""Where a call enters a model and leaves it: the border with peft's and transformers' calls.
 
 peft's `PeftModelFor*.forward` have a `task_ids` argument of their own and pass it on for one other method only;
 transformers' `generate` refuses arguments it does not know, and its Trainer drops columns that the base model's forward
 does not name. So the instances (not the classes) get a `forward`, and the base model a `generate`, that take `task_ids`
-and hand on the rest.
+and hand on the rest. They also see the padding mask on the way in, and on the way out what the loss is made of.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .routing import Batch, RoutingContext
+from .checkpointing import keep_call_through_checkpointing
+from .routing import Batch, Ledger, keep_mask
 
 if TYPE_CHECKING:
     from .tuner import MoeTuner
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 INPUTS = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
 
 
-class TaskIdsEntry:
-    """Stands in for a method of one model: gives `task_ids` to the tuner's context for the span of the call.
+class Entry:
+    """Stands in for a method of one model: tells the tuner's context of a call for its span.
 
     Args:
         owner: the model.
@@ -56,17 +57,69 @@ class TaskIdsEntry:
     def __call__(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
         if args and args[0] is self.owner:  # accelerate's unwrap_model binds what it finds, as if it were a function
             args = args[1:]
-        context = self.tuner.context
+        tuner, context = self.tuner, self.tuner.context
         training = self.owner.training and torch.is_grad_enabled()
         if training and not context.open and not torch.compiler.is_compiling():
-            keep_ids_through_checkpointing(self.owner, context)
-        active = self.tuner.active_adapters if self.tuner.adapters_enabled else ()
-        with context.call(task_ids, active=active, batch=_batch(self.owner, args, kwargs), training=training):
-            if isinstance(self.replaced, TaskIdsEntry):  # a tuner inside a tuner is told the same
+            keep_call_through_checkpointing(self.owner, context)
+        active = tuner.active_adapters if tuner.adapters_enabled else ()
+        batch = self._batch(args, kwargs, masks=training or tuner.recording)
+        with context.call(task_ids, active=active, batch=batch, training=training) as ledger:
+            if isinstance(self.replaced, Entry):  # a tuner inside a tuner is told the same
                 kwargs["task_ids"] = context.told
             if self.replaced is not None:
-                return self.replaced(*args, **kwargs)
-            return getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
+                outputs = self.replaced(*args, **kwargs)
+            else:
+                outputs = getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
+            return outputs if ledger is None else self._settle(ledger, outputs, kwargs)
+
+    def _batch(self, args: Sequence[Any], kwargs: dict[str, Any], *, masks: bool) -> Batch | None:
+        """The batch of a call, as far as its arguments show it."""
+        named = [kwargs.get(name) for name in (getattr(self.owner, "main_input_name", INPUTS[0]), *INPUTS)]
+        for value in (*named, *args[:1], *kwargs.values()):
+            if isinstance(value, torch.Tensor) and value.dim() > 0:
+                tokens = value.shape[1] if value.dim() in (2, 3) else None
+                found = self._masks(args, kwargs) if masks else {}
+                return Batch(value.shape[0], tokens, images=value.dim() > 3, device=value.device, **found)
+        return None
+
+    def _masks(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, torch.Tensor | None]:
+        if len(args) > 1:
+            kwargs = (
+                inspect.signature(getattr(type(self.owner), self.method)).bind(self.owner, *args, **kwargs).arguments
+            )
+        mask, decoder_mask = kwargs.get("attention_mask"), kwargs.get("decoder_attention_mask")
+        labels = kwargs.get("labels")
+        if decoder_mask is None and self.tuner.is_encoder_decoder and kwargs.get("decoder_input_ids") is None:
+            # such a model makes its decoder's inputs from the labels
+            decoder_mask = labels != -100 if isinstance(labels, torch.Tensor) and labels.dim() == 2 else None
+        return {"mask": keep_mask(mask), "decoder_mask": keep_mask(decoder_mask)}
+
+    def _settle(self, ledger: Ledger, outputs: Any, kwargs: dict[str, Any]) -> Any:
+        """Let the balance losses follow the loss of a training call, or what it will be made of."""
+        ledger.is_open = False
+        if not ledger.charged:
+            return outputs
+        named = isinstance(outputs, dict)
+        scalar = isinstance(outputs, tuple) and isinstance(outputs[0], torch.Tensor) and outputs[0].dim() == 0
+        loss = outputs.get("loss") if named else outputs[0] if scalar else None
+        log_probs = outputs.get("log_probs") if named else None  # of TRL's trainers
+        if loss is None and log_probs is None:
+            self.tuner.context.warn_of_outside_loss()
+        loss, log_probs = ledger.settle(loss, log_probs, self._share(kwargs))
+        if named and loss is not None:
+            outputs["loss"] = loss
+        if log_probs is not None:
+            outputs["log_probs"] = log_probs
+        return (loss, *outputs[1:]) if scalar else outputs
+
+    def _share(self, kwargs: dict[str, Any]) -> torch.Tensor | float:
+        """The part of a step's label tokens that this call has, counted as Trainer does; 1 if its loss is a mean."""
+        total, labels = kwargs.get("num_items_in_batch"), kwargs.get("shift_labels")
+        if labels is None and isinstance(labels := kwargs.get("labels"), torch.Tensor) and self.tuner.shifts_labels:
+            labels = labels[..., 1:]
+        if total is None or not isinstance(labels, torch.Tensor):
+            return 1.0
+        return (labels != -100).sum() / torch.as_tensor(total, device=labels.device)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -79,57 +132,3 @@ class TaskIdsEntry:
         at = -1 if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else len(parameters)
         parameters.insert(at, inspect.Parameter("task_ids", inspect.Parameter.KEYWORD_ONLY, default=None))
         return signature.replace(parameters=parameters)
-
-
-class Recomputation:
-    """Stands before a module's checkpoint function, so that what runs again in backward has the ids of its forward."""
-
-    def __init__(self, checkpoint: Callable[..., Any], context: RoutingContext) -> None:
-        self.checkpoint, self.context = checkpoint, context
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        call = self.context.current
-        if call is None or torch.compiler.is_compiling():  # a compiled graph recomputes itself, from its own inputs
-            return self.checkpoint(function, *args, **kwargs)
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with self.context.replay(call):
-                return function(*args, **kwargs)
-
-        return self.checkpoint(run, *args, **kwargs)
-
-
-def keep_ids_through_checkpointing(model: nn.Module, context: RoutingContext) -> None:
-    """Wrap the checkpoint functions that transformers' `gradient_checkpointing_enable` has put on modules, once."""
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            checkpoint = vars(module).get("_gradient_checkpointing_func")
-            if callable(checkpoint) and context not in _contexts(checkpoint):
-                vars(module)["_gradient_checkpointing_func"] = Recomputation(checkpoint, context)
-
-
-def undo_checkpointing(model: nn.Module, context: RoutingContext) -> None:
-    """Take the wrappers away again."""
-    for module in model.modules():
-        checkpoint = vars(module).get("_gradient_checkpointing_func")
-        if isinstance(checkpoint, Recomputation) and checkpoint.context is context:
-            vars(module)["_gradient_checkpointing_func"] = checkpoint.checkpoint
-
-
-def _contexts(checkpoint: Callable[..., Any]) -> list[RoutingContext]:
-    """Whose wrappers stand before a checkpoint function, outermost first."""
-    found = []
-    while isinstance(checkpoint, Recomputation):
-        found.append(checkpoint.context)
-        checkpoint = checkpoint.checkpoint
-    return found
-
-
-def _batch(owner: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Batch | None:
-    """The batch of a call, as far as its arguments show it."""
-    named = [kwargs.get(name) for name in (getattr(owner, "main_input_name", INPUTS[0]), *INPUTS)]
-    for value in (*named, *args[:1], *kwargs.values()):
-        if isinstance(value, torch.Tensor) and value.dim() > 0:
-            tokens = value.shape[1] if value.dim() in (2, 3) else None
-            return Batch(rows=value.shape[0], tokens=tokens, images=value.dim() > 3, device=value.device)
-    return None

@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .bank import ExpertBank
-from .routing import Router, RoutingContext
+from .routing import Router, RoutingContext, TaskRouter
 
 
 class MoeLinear(nn.Module, BaseTunerLayer):
@@ -89,19 +89,32 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         return cast(ExpertBank, self.moelora_bank[adapter])
 
     def _weights(self, adapter: str, x: torch.Tensor) -> torch.Tensor | None:
-        router = self.router_of(adapter)
-        return None if router is None else router(x, *self.context.rows_of(adapter))
+        router, bank = self.router_of(adapter), self._bank(adapter)
+        if router is None:
+            return None
+        view = self.context.view(adapter)
+        weights: torch.Tensor = router(x, view)
+        if bank.num_anchored and self.training and view.ledger is not None:
+            weights = view.ledger.charge(f"{adapter}.base", bank.anchor_coefficient, bank.anchor_loss(), weights)
+        return weights
 
     def _merge_weights(self, adapter: str) -> torch.Tensor | None:
         """Weights (E,) of the chosen task."""
         router = self.router_of(adapter)
-        return None if router is None else router.of_tasks(self.context.one_task(adapter))[0]
+        if router is None:
+            return None
+        if not isinstance(router, TaskRouter):
+            raise ValueError(
+                f"Adapter {adapter!r} chooses experts for each token, so that no single weight matrix does what it "
+                "does and it cannot be merged; keep it as an adapter, or train MOELoRA, whose tasks merge exactly."
+            )
+        return router.of_tasks(self.context.one_task(adapter))[0]
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """What an adapter adds to the base weight for the chosen task, in the shape of the base weight.
 
         Raises:
-            ValueError: the adapter is routed and no task was chosen.
+            ValueError: the adapter is routed by tokens, or by tasks and none was chosen.
         """
         return self._delta_weight(adapter_name, self._merge_weights(adapter_name))
 
@@ -160,7 +173,8 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         self.set_base_weight(merged)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        router = self.router_of(adapter_name)
+        return router is None or isinstance(router, TaskRouter)
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,14 +18,16 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
 )
 from peft.utils import get_quantization_kwargs
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.pytorch_utils import Conv1D
 
 from .bank import ExpertBank
+from .checkpointing import undo_checkpointing
 from .config import MoeConfig, warn_unmatched
-from .entry import TaskIdsEntry, undo_checkpointing
+from .entry import Entry
 from .layer import MoeLinear, check_base_layer
 from .routing import Router, RoutingContext
 
@@ -50,13 +53,21 @@ class MoeTuner(BaseTuner):
     # The one prefix of all our types, since they share the layer; long enough to occur in no base model's module names.
     prefix = "moelora_"
     tuner_layer_cls = MoeLinear
-    uses_shared_state = True
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (peft declares it so)
     context: RoutingContext
 
+    recording = False  # whether routers add up statistics
+
     @abstractmethod
-    def build_router(self, config: MoeConfig, adapter_name: str, num_experts: int) -> tuple[Router | None, bool]:
+    def build_router(
+        self, config: MoeConfig, adapter_name: str, *, key: str, in_features: int
+    ) -> tuple[Router | None, bool]:
         """The router of a layer, or None for a single expert; and whether the tuner shares it among layers."""
+
+    @classmethod
+    def bank_options(cls, config: MoeConfig) -> dict[str, Any]:
+        """What else a method's banks are made with."""
+        return {}
 
     # -- putting layers in --------------------------------------------------------------------------------------------
 
@@ -64,13 +75,17 @@ class MoeTuner(BaseTuner):
         model_type = self.get_model_config(model).get("model_type")
         reason = f"the layers of a {model_type} model do not see the rows of a batch first"
         self.context = RoutingContext(one_task_only=reason if model_type in SEQUENCE_FIRST else None)
+        self.is_encoder_decoder = bool(self.get_model_config(model).get("is_encoder_decoder"))
+        # whether the loss leaves the first label of a row out, by Trainer's own rule
+        loss = LOSS_MAPPING.get(str(getattr(model, "loss_type", None)))
+        self.shifts_labels = loss is ForCausalLMLoss and not self.is_encoder_decoder
         self.adapters_enabled = True
         self.moelora_router = nn.ModuleDict()  # adapter -> number of experts -> Router
 
     def _post_injection_hook(self, model: nn.Module, config: MoeConfig, adapter_name: str) -> None:
         for method in ("forward", "generate"):
             if callable(getattr(model, method, None)):
-                TaskIdsEntry.install(model, method, self)
+                Entry.install(model, method, self)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # peft tells adapters' tensors apart by name, and would take those of such a module for this adapter's.
@@ -83,10 +98,16 @@ class MoeTuner(BaseTuner):
         others = [(p, p.requires_grad) for p in self.moelora_router.parameters()]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        config: Any = self.peft_config[adapter_name]
+        if config.task_names:
+            self.context.know(adapter_name, config)
         for parameter, requires_grad in others:  # a new adapter leaves the others as they were, as peft has it
             parameter.requires_grad = requires_grad
 
     def _prepare_adapter_config(self, peft_config: MoeConfig, model_config: dict[str, Any]) -> MoeConfig:
+        if peft_config.target_modules in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND):
+            warn_of_base_experts(self.model)
+        peft_config.resolve([key for key, _ in modules_outside_adapters(self.model)])
         if peft_config.target_modules is None and model_config.get("model_type") not in (None, "custom"):
             peft_config.target_modules = sorted(linear_layers_in_blocks(self.model))
         return cast(MoeConfig, super()._prepare_adapter_config(peft_config, model_config))
@@ -100,18 +121,13 @@ class MoeTuner(BaseTuner):
         for key, module in modules_outside_adapters(model):
             if self._check_target_module_exists(peft_config, key):
                 check_base_layer(module, key)
-                self._check_rows_arrive(key, len(peft_config.experts_at(key).ranks))
                 keys.append(key)
+        self.check_routing(peft_config, keys)
         warn_unmatched(peft_config.num_experts_pattern, keys)
 
-    @staticmethod
-    def _check_rows_arrive(key: str, num_experts: int) -> None:
-        if num_experts > 1 and IN_BASE_EXPERTS.search(key):
-            raise ValueError(
-                f"Target module {key!r} is inside a mixture of experts of the base model, whose inputs are tokens "
-                "picked from all rows, so that a row's task is not known there; use "
-                "exclude_modules=r'.*\\.experts\\..*', or num_experts_pattern={r'.*\\.experts\\..*': 1}: plain LoRA."
-            )
+    @abstractmethod
+    def check_routing(self, config: MoeConfig, keys: list[str]) -> None:
+        """Raise a ValueError if routers in the modules at `keys` could not know what they have to."""
 
     def _check_target_module_compatiblity(self, peft_config: MoeConfig, model: nn.Module, target_name: str) -> None:
         model_type = self.get_model_config(model).get("model_type")
@@ -139,9 +155,10 @@ class MoeTuner(BaseTuner):
             ranks=experts.ranks,
             scaling=experts.scaling,
             dropout=peft_config.lora_dropout,
+            **self.bank_options(peft_config),
         )
         bank.reset_parameters(self.initialisation(peft_config))
-        router, shared = self.build_router(peft_config, adapter_name, len(experts.ranks))
+        router, shared = self.build_router(peft_config, adapter_name, key=current_key, in_features=layer.in_features)
         layer.update_layer(adapter_name, bank=bank, router=router, shared=shared)
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -233,8 +250,25 @@ class MoeTuner(BaseTuner):
         model = cast(nn.Module, super()._unload_and_optionally_merge(*args, **kwargs))
         undo_checkpointing(model, self.context)
         for method in ("forward", "generate"):
-            TaskIdsEntry.remove(model, method)
+            Entry.remove(model, method)
         return model
+
+
+def warn_of_base_experts(model: nn.Module) -> None:
+    """Say that the experts of a mixture-of-experts base model are not adapted, if it has them as fused parameters."""
+    fused = [
+        key
+        for key, module in modules_outside_adapters(model)
+        if key.endswith("experts") and any(p.dim() == 3 for p in module.parameters(recurse=False))
+    ]
+    if fused:
+        warnings.warn(
+            "The base model has experts of its own whose weights are fused parameters and no linear layers, in "
+            f"{len(fused)} modules such as {fused[0]!r}. They are not adapted, only the linear layers beside them "
+            "are; to put LoRA on them, use peft's LoraConfig(target_parameters=[...]).",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def linear_layers_in_blocks(model: nn.Module) -> set[str]:
@@ -260,7 +294,7 @@ def modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]
 def _welcome_peft_model(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     """Runs when a module becomes part of another: a PeftModel that gets our tuner also gets an entry for task ids."""
     if name == "base_model" and isinstance(child, MoeTuner) and isinstance(parent, PeftModel):
-        TaskIdsEntry.install(parent, "forward", child)
+        Entry.install(parent, "forward", child)
 
 
 # The tuner is built before the PeftModel knows it and is never told of it; this is torch's hook for such cases.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..config import Experts, MoeConfig, PeftMoeType, check_count
+from ..config import Experts, MoeConfig, PeftMoeType, check_count, check_tasks, names_of
 from ..routing import task_index
 
 
@@ -57,16 +57,7 @@ class MoeLoraConfig(MoeConfig):
         self._check_tasks()
 
     def _check_tasks(self) -> None:
-        if isinstance(self.tasks, int):
-            check_count("tasks", self.tasks, "a number of tasks or a list of names")
-        else:
-            ordered = isinstance(self.tasks, (list, tuple))  # a set has no order that would outlive this process
-            if not ordered or not self.tasks or not all(isinstance(t, str) and t for t in self.tasks):
-                raise ValueError(f"tasks={self.tasks!r}; give a list of the tasks' names, or how many there are.")
-            self.tasks = list(self.tasks)
-            twice = sorted({t for t in self.tasks if self.tasks.count(t) > 1})
-            if twice:
-                raise ValueError(f"tasks names {twice} more than once; a task has one id, so name each once.")
+        self.tasks = check_tasks(self.tasks)
         if self.default_task is not None:
             try:
                 task_index(self.default_task, self.task_names)
@@ -76,7 +67,7 @@ class MoeLoraConfig(MoeConfig):
     @property
     def task_names(self) -> list[str]:
         """Names of the tasks by id; `"0"`, `"1"`, … where only their number is known."""
-        return [str(i) for i in range(self.tasks)] if isinstance(self.tasks, int) else self.tasks
+        return names_of(self.tasks)
 
     def experts_at(self, key: str) -> Experts:
         r = int(self.at(self.rank_pattern, key, self.r))
@@ -84,4 +75,4 @@ class MoeLoraConfig(MoeConfig):
         if r % n:
             where = f" at {key!r}" if key else ""
             raise ValueError(f"r={r} does not split over num_experts={n}{where}; use r={n * max(1, round(r / n))}.")
-        return Experts(ranks=(r // n,) * n, scaling=self._scaling(key, r))
+        return Experts(ranks=(r // n,) * n, scaling=(self._scaling(key, r),) * n)

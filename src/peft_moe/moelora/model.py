@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import cast
 
 from torch import nn
 
-from ..routing import Router, TaskGate, softmax
+from ..routing import TaskGate, TaskRouter, softmax
 from ..routing.tasks import Task
-from ..tuner import MoeTuner
+from ..tuner import IN_BASE_EXPERTS, MoeTuner
 from .config import MoeLoraConfig
 
 
@@ -20,11 +20,22 @@ class MoeLoraModel(MoeTuner):
     Made by `get_peft_model(model, MoeLoraConfig(...))`; its methods can be called on the `PeftModel`.
     """
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self.context.know(adapter_name, cast(MoeLoraConfig, self.peft_config[adapter_name]))
+    uses_shared_state = True
 
-    def build_router(self, config: MoeLoraConfig, adapter_name: str, num_experts: int) -> tuple[Router | None, bool]:
+    def check_routing(self, config: MoeLoraConfig, keys: list[str]) -> None:
+        for key in keys:
+            if len(config.experts_at(key).ranks) > 1 and IN_BASE_EXPERTS.search(key):
+                raise ValueError(
+                    f"Target module {key!r} is inside a mixture of experts of the base model, whose inputs are tokens "
+                    "picked from all rows, so that a row's task is not known there; use "
+                    "exclude_modules=r'.*\\.experts\\..*', or num_experts_pattern={r'.*\\.experts\\..*': 1}: plain "
+                    "LoRA."
+                )
+
+    def build_router(
+        self, config: MoeLoraConfig, adapter_name: str, *, key: str, in_features: int
+    ) -> tuple[TaskRouter | None, bool]:
+        num_experts = len(config.experts_at(key).ranks)
         if num_experts == 1:
             return None, False
         if config.gate_scope == "layer":
@@ -34,7 +45,7 @@ class MoeLoraModel(MoeTuner):
         shared = cast(nn.ModuleDict, self.moelora_router[adapter_name])
         if str(num_experts) not in shared:
             shared[str(num_experts)] = new_router(config, num_experts)
-        return cast(Router, shared[str(num_experts)]), True
+        return cast(TaskRouter, shared[str(num_experts)]), True
 
     @staticmethod
     def initialisation(config: MoeLoraConfig) -> bool | str:
@@ -101,7 +112,7 @@ class MoeLoraModel(MoeTuner):
         return any(layer.router_of(adapter_name) is not None for layer in layers)
 
 
-def new_router(config: MoeLoraConfig, num_experts: int) -> Router:
+def new_router(config: MoeLoraConfig, num_experts: int) -> TaskRouter:
     """A task router for layers with this number of experts, with new weights."""
     gate = TaskGate(num_tasks=len(config.task_names), num_experts=num_experts, embedding_dim=config.task_embedding_dim)
-    return Router(gate=gate, select=softmax)
+    return TaskRouter(gate=gate, select=softmax)

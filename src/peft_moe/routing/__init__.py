@@ -1,9 +1,31 @@
-"""From what a forward was told to the weight of each expert: `Router(gate, select)` and the context they read."""
+"""From what a call was told, or a layer sees, to the weight of each expert: `Router(gate, select)`."""
 
-from .context import Batch, RoutingContext
-from .gates import TaskGate
-from .router import Router
-from .select import softmax
+from .batch import Batch, keep_mask
+from .context import RoutingContext, View
+from .gates import TaskGate, TokenGate
+from .ledger import Ledger
+from .router import BalanceTerm, Router, TaskRouter, TokenRouter
+from .select import softmax, top_k, top_p
+from .statistics import RoutingStatistics
 from .tasks import encode_tasks, list_tasks, task_index
 
-__all__ = ["Batch", "Router", "RoutingContext", "TaskGate", "encode_tasks", "list_tasks", "softmax", "task_index"]
+__all__ = [
+    "BalanceTerm",
+    "Batch",
+    "Ledger",
+    "Router",
+    "RoutingContext",
+    "RoutingStatistics",
+    "TaskGate",
+    "TaskRouter",
+    "TokenGate",
+    "TokenRouter",
+    "View",
+    "encode_tasks",
+    "keep_mask",
+    "list_tasks",
+    "softmax",
+    "task_index",
+    "top_k",
+    "top_p",
+]

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
+from .batch import Batch
+from .ledger import Ledger
 from .tasks import Task, TaskIds, encode_tasks, list_tasks
 
 HOW = (
@@ -26,29 +28,8 @@ class Tasks(Protocol):
     @property
     def task_names(self) -> list[str]: ...
 
-    default_task: Task | None
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Shape of the input of the call that layers are run for, as far as its arguments show it.
-
-    Args:
-        rows: length of the first axis.
-        tokens: length of the second axis of token ids or embeddings; None for other inputs.
-        images: the input has four or more axes, and layers may see several windows per row.
-        device: where it is.
-    """
-
-    rows: int
-    tokens: int | None = None
-    images: bool = False
-    device: torch.device | None = None
-
-    def explains(self, rows: int, axes: int) -> bool:
-        """Whether a layer's input with these rows and number of axes keeps the order of this batch."""
-        flattened = axes == 2 and self.tokens is not None and rows == self.rows * self.tokens
-        return rows == self.rows or flattened or (self.images and rows % self.rows == 0)
+    @property
+    def default_task(self) -> Task | None: ...
 
 
 @dataclass(frozen=True)
@@ -60,12 +41,47 @@ class _Call:
         ids: the same by adapter, (n,) or (n, k); adapters without any are left out.
         batch: its input.
         kept: what routers have computed in it and need not compute again.
+        ledger: where balance losses go; None unless it is a training call.
     """
 
     told: TaskIds | None = None
     ids: dict[str, torch.Tensor] = field(default_factory=dict)
     batch: Batch | None = None
     kept: dict[Any, torch.Tensor] = field(default_factory=dict)
+    ledger: Ledger | None = None
+
+
+@dataclass(frozen=True)
+class View:
+    """What the routers of one adapter see of a call.
+
+    Args:
+        adapter: its name.
+        names: the tasks that it knows.
+        ids: (n,) or (n, k) padded with -1; None if the call has none.
+        batch: the call's input.
+        kept: what routers have computed in the call and need not compute again.
+        ledger: where balance losses go; None unless it is a training call.
+        again: layers run again for backward; what is counted has been counted.
+    """
+
+    adapter: str = "default"
+    names: Sequence[str] = ()
+    ids: torch.Tensor | None = None
+    batch: Batch | None = None
+    kept: dict[Any, torch.Tensor] | None = None
+    ledger: Ledger | None = None
+    again: bool = False
+
+    def tasks(self) -> torch.Tensor:
+        """The ids.
+
+        Raises:
+            ValueError: there are none; the message lists the tasks and says how to give one.
+        """
+        if self.ids is None:
+            raise ValueError(f"No task was given, and adapter {self.adapter!r} knows {list_tasks(self.names)}: {HOW}")
+        return self.ids
 
 
 class RoutingContext:
@@ -87,10 +103,13 @@ class RoutingContext:
         self._call = _Call()
         self._depth = 0
         self._warned = False
+        self.outside_scale: float | None = None  # of balance losses where the loss is computed outside of the model
+        self.last_ledger: Ledger | None = None
         self._turn = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_turn"} | {"_call": _Call(), "_depth": 0}
+        fresh = {"_call": _Call(), "_depth": 0, "last_ledger": None}
+        return {name: value for name, value in vars(self).items() if name != "_turn"} | fresh
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _turn=threading.RLock())
@@ -132,8 +151,11 @@ class RoutingContext:
         active: Sequence[str],
         batch: Batch | None = None,
         training: bool = False,
-    ) -> Iterator[None]:
+    ) -> Iterator[Ledger | None]:
         """The span of one call. A call inside it inherits its ids unless it brings its own.
+
+        Yields:
+            the ledger of balance losses, if this is the outermost call and one of training.
 
         Raises:
             ValueError: unknown tasks, another number of ids than rows, ids of another task than the one merged.
@@ -141,17 +163,24 @@ class RoutingContext:
         with nullcontext() if torch.compiler.is_compiling() else self._turn:
             outermost, before = self._depth == 0, self._call
             if outermost or task_ids is not None:
-                self._call = self._resolve(task_ids, active, batch, training)
+                ledger = self._new_ledger(training) if outermost else before.ledger
+                self._call = replace(self._resolve(task_ids, active, batch, training), ledger=ledger)
             elif batch is not None:  # such as a step of generate, which may have repeated the rows
                 self._call = replace(before, batch=batch)
             self._depth += 1
             try:
-                yield
+                yield self._call.ledger if outermost else None
             finally:
                 self._depth -= 1
                 # Kept after the outermost call: checkpointing runs layers again in backward, which must see the same.
                 if not outermost:
                     self._call = before
+
+    def _new_ledger(self, training: bool) -> Ledger | None:
+        if not training:
+            return None
+        self.last_ledger = Ledger(1.0 if self.outside_scale is None else self.outside_scale)
+        return self.last_ledger
 
     @property
     def open(self) -> bool:
@@ -181,18 +210,12 @@ class RoutingContext:
                 self._depth -= 1
                 self._call = before
 
-    def rows_of(self, adapter: str) -> tuple[torch.Tensor, Batch | None, dict[Any, torch.Tensor]]:
-        """Of the current call: an adapter's task ids (n,) or (n, k), the batch they belong to, and what routers keep.
-
-        Raises:
-            ValueError: the call was given none; the message lists the tasks and says how to give one.
-        """
+    def view(self, adapter: str) -> View:
+        """What an adapter's routers see of the current call."""
         call = self.current or self._resolve(None, (adapter,))
-        ids = call.ids.get(adapter)
-        if ids is None:
-            known = list_tasks(self._tasks[adapter].task_names)
-            raise ValueError(f"No task was given, and adapter {adapter!r} knows {known}: {HOW}")
-        return ids, call.batch, call.kept
+        names = self._tasks[adapter].task_names if adapter in self._tasks else ()
+        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        return View(adapter, names, call.ids.get(adapter), call.batch, call.kept, call.ledger, again)
 
     def one_task(self, adapter: str) -> torch.Tensor:
         """The chosen task as ids (1,) or (1, k), for work that is done once for all rows, such as merging.
@@ -223,6 +246,11 @@ class RoutingContext:
     def _resolve(
         self, task_ids: TaskIds | None, active: Sequence[str], batch: Batch | None = None, training: bool = False
     ) -> _Call:
+        if task_ids is not None and active and not any(adapter in self._tasks for adapter in active):
+            raise ValueError(
+                f"task_ids={task_ids!r} were given, and adapter {active[0]!r} knows no tasks; name them in its config "
+                "(tasks=[...]), or leave task_ids out: its experts are chosen by the tokens."
+            )
         found = {}
         for adapter, tasks in self._tasks.items():
             try:
@@ -260,6 +288,18 @@ class RoutingContext:
             raise ValueError(
                 f"Adapter {adapter!r} is merged into the base weights for {names}, and other tasks were asked for; "
                 "call model.unmerge_adapter() first."
+            )
+
+    def warn_of_outside_loss(self) -> None:
+        """Say once that a loss which is not the model's own does not show how much a micro-batch weighs in it."""
+        if self.outside_scale is None and not torch.compiler.is_compiling():
+            self.outside_scale = 1.0
+            warnings.warn(
+                "The model returned no loss, so its balance loss is added to each backward with weight 1; with "
+                "gradient accumulation call model.set_balance_scale(1 / steps), and with a loss scaler use the "
+                "model's own loss.",
+                UserWarning,
+                stacklevel=3,
             )
 
     def _warn_of_default(self, default: Task | None, training: bool) -> None:

@@ -1,12 +1,19 @@
 """Gates make one score per expert.
 
 Shapes: n rows of task ids · k tasks per row · T tasks · d embedding size · E experts · in features
+... any leading axes
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
+from torch.nn import functional as F
+
+# Smallest temperature a gate can learn; softplus alone could reach 0 in float32.
+COLDEST = 0.05
 
 
 class TaskGate(nn.Module):
@@ -37,3 +44,75 @@ class TaskGate(nn.Module):
                 e = (self.embedding(tasks.clamp_min(0)) * given).sum(1) / given.sum(1)
             scores = self.proj(e)
             return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+
+
+class TokenGate(nn.Module):
+    """Scores of each token: `(W_g x + b) / τ`, computed in float32 or wider whatever the types of x and weights.
+
+    MING-MOE (arXiv 2404.09027) has the bias and no temperature; Med-MoE-LoRA (arXiv 2601.07935, eq. 3) a learnable τ.
+    `τ = 0.05 + softplus(temperature_bias)`; it is called a bias so that Trainer gives it no weight decay.
+
+    Args:
+        in_features: size of x.
+        num_experts: E.
+        bias: whether there is b.
+        temperature: τ at the start, above 0.05; None for no temperature.
+        learn_temperature: whether τ is trained.
+        jitter: in training, x is multiplied by numbers drawn from [1 - jitter, 1 + jitter] (Switch Transformers, arXiv
+            2101.03961).
+    """
+
+    # All parameters in one module without children, which FSDP and ZeRO-3 gather as one.
+    def __init__(
+        self,
+        *,
+        in_features: int,
+        num_experts: int,
+        bias: bool = False,
+        temperature: float | None = None,
+        learn_temperature: bool = True,
+        jitter: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.num_experts, self.jitter = in_features, num_experts, jitter
+        self.weight = nn.Parameter(torch.empty(num_experts, in_features))
+        self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
+        self.fixed_temperature = None if learn_temperature else temperature
+        learnt = temperature is not None and learn_temperature
+        self.temperature_bias = nn.Parameter(torch.empty(1)) if learnt else None
+        self._start = temperature
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw W_g and b as `nn.Linear` does, and put τ at its start."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+        if self.temperature_bias is not None and self._start is not None:
+            nn.init.constant_(self.temperature_bias, math.log(math.expm1(self._start - COLDEST)))
+
+    @property
+    def temperature(self) -> torch.Tensor | float | None:
+        """τ: a tensor (1,) if it is learnt."""
+        if self.temperature_bias is None:
+            return self.fixed_temperature
+        return COLDEST + F.softplus(_wide(self.temperature_bias))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in). Returns scores (..., E)."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = _wide(x)
+            if self.training and self.jitter:
+                x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+            scores = F.linear(x, _wide(self.weight).to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+            temperature = self.temperature
+            return scores if temperature is None else scores / temperature
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, num_experts={self.num_experts}, bias={self.bias is not None}"
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """At least float32: in half precision, near ties would be decided by rounding, and differently in each mode."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

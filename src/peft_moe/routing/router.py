@@ -1,58 +1,156 @@
-"""A router: a gate and what to make of its scores."""
+"""Routers: a gate and what to make of its scores.
+
+Shapes: n rows · s tokens · E experts · in features
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
-from .context import Batch
-from .gates import TaskGate
+from ..losses import Routed
+from .batch import Batch
+from .context import View
+from .gates import TaskGate, TokenGate
+from .statistics import RoutingStatistics
+
+Select = Callable[[torch.Tensor], torch.Tensor]
 
 
-class Router(nn.Module):
-    """Says how much of each expert every position gets.
+class TaskRouter(nn.Module):
+    """Says how much of each expert every row gets, by its task.
 
     Args:
         gate: makes scores.
         select: turns scores (..., E) into weights (..., E).
     """
 
-    def __init__(self, *, gate: TaskGate, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, *, gate: TaskGate, select: Select) -> None:
         super().__init__()
         self.gate = gate
         self.select = select
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        tasks: torch.Tensor,
-        batch: Batch | None = None,
-        kept: dict[Router, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """Weights for x (rows, ..., in) from task ids (n,) or (n, k), as (rows or 1, 1, ..., E) on the device of x.
-
-        Args:
-            x: input of a layer.
-            tasks: ids of the rows of the batch.
-            batch: the batch, to tell rows that were repeated from rows that are something else.
-            kept: weights by router, for the layers and decoding steps of one call; used where there is no gradient.
+    def forward(self, x: torch.Tensor, view: View) -> torch.Tensor:
+        """Weights for x (rows, ..., in), as (rows or 1, 1, ..., E) on the device of x.
 
         Raises:
-            ValueError: the rows of x are not those of the batch.
+            ValueError: the call has no task, or the rows of x are not those of the batch.
         """
+        kept, tasks = view.kept, view.tasks()
         # With a gradient each layer computes its own: reentrant checkpointing cannot reach into another.
         if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             kept = {}
         if self not in kept:
             kept[self] = self.of_tasks(tasks)
         # A gate that layers share may be on another device than this layer.
-        return _spread_over_rows(kept[self].to(x.device), x, batch)
+        return _spread_over_rows(kept[self].to(x.device), x, view.batch)
 
     def of_tasks(self, tasks: torch.Tensor) -> torch.Tensor:
         """The weights (n, E) of tasks (n,) or (n, k), whatever the input is."""
         return self.select(self.gate(tasks))
+
+
+class BalanceTerm(NamedTuple):
+    """A balance loss of a router: its name, the function, and its weight in the loss."""
+
+    name: str
+    loss: Callable[[Routed], torch.Tensor]
+    coefficient: float
+
+
+class TokenRouter(nn.Module):
+    """Says how much of each expert every token gets, by what the layer sees of it.
+
+    The experts are, in this order: shared ones, which every token gets whole; base experts; the others.
+
+    Args:
+        gate: makes scores of all but the shared experts.
+        select: turns scores (..., E) into weights (..., E).
+        inference_select: the same outside of training; None for no difference.
+        num_shared: shared experts.
+        num_base: base experts, which balance losses leave alone.
+        base_is_empty: base experts have no matrices: what they get goes to the base model alone.
+        balance: the balance losses.
+        matches: (T, E) bool, true where an expert is meant for the rows of a task; for the localized loss.
+        in_decoder: the layer is in the decoder of an encoder-decoder model, whose padding is another.
+    """
+
+    matches: torch.Tensor | None
+
+    def __init__(
+        self,
+        *,
+        gate: TokenGate,
+        select: Select,
+        inference_select: Select | None = None,
+        num_shared: int = 0,
+        num_base: int = 0,
+        base_is_empty: bool = False,
+        balance: Sequence[BalanceTerm] = (),
+        matches: torch.Tensor | None = None,
+        in_decoder: bool = False,
+    ) -> None:
+        super().__init__()
+        self.gate = gate
+        self.select = select
+        self.inference_select = inference_select or select
+        self.num_shared, self.num_base, self.base_is_empty = num_shared, num_base, base_is_empty
+        self.balance = tuple(balance)
+        self.in_decoder = in_decoder
+        self.register_buffer("matches", matches, persistent=False)
+        self.statistics: dict[bool, RoutingStatistics] | None = None  # in training and outside of it, while recording
+
+    def forward(self, x: torch.Tensor, view: View) -> torch.Tensor:
+        """Weights for x (..., in), as (..., shared + E) without the base experts if they are empty."""
+        scores = self.gate(x)
+        weights = (self.select if self.training else self.inference_select)(scores)
+        statistics = None if self.statistics is None or view.again else self.statistics[self.training]
+        ledger = view.ledger if self.training and self.balance else None
+        if ledger is not None or statistics is not None:
+            routed = self._routed(scores, weights, x, view)
+            labelled = ledger is not None or routed.matches is not None
+            terms = {t.name: t.loss(routed) for t in self.balance if labelled or t.name != "localized"}
+            if ledger is not None:
+                for name, _, coefficient in self.balance:
+                    weights = ledger.charge(f"{view.adapter}.{name}", coefficient, terms[name], weights)
+            if statistics is not None:
+                statistics.add(routed, terms, view.ids)
+        if self.base_is_empty:
+            weights = weights[..., self.num_base :]
+        return pad(weights, (self.num_shared, 0), value=1.0) if self.num_shared else weights
+
+    def record(self, tasks: Sequence[str]) -> None:
+        """Start adding up what it does, for these tasks."""
+        names = [term.name for term in self.balance]
+        self.statistics = {
+            training: RoutingStatistics(self.gate.num_experts, names, tasks) for training in (True, False)
+        }
+
+    def _routed(self, scores: torch.Tensor, weights: torch.Tensor, x: torch.Tensor, view: View) -> Routed:
+        """Scores and weights as rows of tokens (n, s, E)."""
+        batch = view.batch or Batch(rows=x.shape[0])
+        shape, mask = batch.tokens_of(x, in_decoder=self.in_decoder)
+        matches = None
+        if self.matches is not None and view.ids is not None:
+            matches = _spread(self._matches_of(view.ids), shape[0])
+        return Routed(scores.view(*shape, -1), weights.view(*shape, -1), mask, matches, self.num_base)
+
+    def _matches_of(self, ids: torch.Tensor) -> torch.Tensor:
+        """(n, E): the experts that are meant for one of a row's tasks (n,) or (n, k)."""
+        ids = ids.reshape(len(ids), -1)
+        return (self.matches[ids.clamp_min(0)] & (ids >= 0).unsqueeze(-1)).any(1)  # type: ignore[index]
+
+
+Router = TaskRouter | TokenRouter
+
+
+def _spread(values: torch.Tensor, rows: int) -> torch.Tensor:
+    """(n, E) to (rows, E): one for all, or each repeated as beams are."""
+    return values.expand(rows, -1) if len(values) == 1 else values.repeat_interleave(rows // len(values), dim=0)
 
 
 def _spread_over_rows(weights: torch.Tensor, x: torch.Tensor, batch: Batch | None) -> torch.Tensor:

@@ -1,0 +1,163 @@
+"""Config of Med-MoE-LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import cycle, islice
+from typing import Any, Literal
+
+from ..config import Experts, PeftMoeType, check_count, check_fraction
+from ..routing.gates import COLDEST
+from ..schedule import check_schedule, experts_per_layer, layer_of, stacks
+from ..token_routed import TokenRoutedConfig
+
+MODES = ("frozen", "regularized", "general")
+
+
+@dataclass
+class MedMoeLoraConfig(TokenRoutedConfig):
+    """Med-MoE-LoRA: `h = W0 x + Σ_i softmax(W_g x / τ)_i · (alpha_i / r_i) B_i A_i x` (arXiv 2601.07935, eq. 1 to 5).
+
+    Every token gets all experts of a layer, as much as its router says, with a learnt temperature τ. Deeper layers have
+    more experts, experts have different ranks, and a base expert stands for the base model. Defaults are the paper's
+    where it states them; see docs/medmoelora.md for the others.
+
+    Args:
+        expert_schedule: special experts per layer: `"ascending"`: from 2 to `num_experts` by eq. 2 with γ = 2;
+            `"uniform"`: `num_experts` everywhere; `"descending"`: ascending upside down; `{"type": "power", "min": 2,
+            "max": 8, "gamma": 1.5}`: eq. 2; `{"type": "bands", "bands": [[0, 10, 2], [10, 19, 4], [19, 32, 8]]}`:
+            layers counted from 0, the second number excluded; or a list with a number for each layer. Modules outside
+            of numbered layers get `num_experts`.
+        experts_per_layer: the schedule as it came out for the model, by stack of layers; set when the adapter is made
+            and saved with it.
+        num_experts: the largest number of the named schedules.
+        num_experts_pattern: module name or regex to number of special experts, against the schedule.
+        expert_ranks: ranks r_i, given to the special experts of a layer in turn.
+        lora_alpha: None is `2 r_i` for each expert (the paper), a scaling of 2; a number is the alpha of all.
+        num_base_experts: base experts in each layer, beside the special ones.
+        base_expert_mode: `"frozen"`: the base expert is zero, so its weight is what stays with the base model; it has
+            no matrices. `"regularized"`: it is trained, with `base_coefficient · ‖ΔW_base‖²` as a loss. `"general"`:
+            it is trained and meant for the rows of `general_tasks`, which a localized loss of weight
+            `base_coefficient` pulls to it and keeps from the others.
+        base_expert_rank: rank of a trained base expert; None is the smallest of `expert_ranks`.
+        base_coefficient: weight of the loss of `base_expert_mode`.
+        general_tasks: names of the tasks in `tasks` whose rows are general data.
+        temperature: τ at the start.
+        learn_temperature: whether τ is trained.
+        inference_top_k: outside of training, keep the K experts with the largest weights, renormalised; None for all,
+            as in training.
+
+    See `TokenRoutedConfig` and `MoeConfig` for the other fields.
+
+    Raises:
+        ValueError: see `MoeConfig`; also a schedule that does not fit the model.
+
+    Example:
+        >>> config = MedMoeLoraConfig(task_type="CAUSAL_LM", num_experts=8, expert_ranks=[8, 16, 32])
+        >>> model = get_peft_model(base_model, config)
+        >>> model(**batch)
+    """
+
+    lora_alpha: float | None = None  # type: ignore[assignment]  # None: by rank
+    lora_dropout: float = 0.05
+    balance_loss: str | dict[str, float] = "variance"
+    expert_schedule: str | dict[str, Any] | list[int] = "ascending"
+    experts_per_layer: dict[str, list[int]] | None = None
+    expert_ranks: list[int] | int = field(default_factory=lambda: [8, 16, 32])
+    num_base_experts: int = 1
+    base_expert_mode: Literal["frozen", "regularized", "general"] = "frozen"
+    base_expert_rank: int | None = None
+    base_coefficient: float = 0.01
+    general_tasks: list[str] | None = None
+    temperature: float = 1.0
+    learn_temperature: bool = True
+    inference_top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftMoeType.MEDMOELORA
+        check_schedule(self.expert_schedule)
+        self._check_ranks()
+        self._check_base()
+        check_fraction("temperature", self.temperature, "the temperature at the start", low=2 * COLDEST)
+        if self.inference_top_k is not None:
+            check_count("inference_top_k", self.inference_top_k, "the number of experts per token")
+        if "switch" in self.coefficients:
+            raise ValueError(
+                "balance_loss='switch' counts which experts are chosen, and here every token gets all, so that it "
+                "has no gradient; use 'variance' or 'cv2'."
+            )
+
+    def _check_ranks(self) -> None:
+        if not self._ranks:
+            raise ValueError("expert_ranks=[] has no rank; give one for all experts, or a list to take in turn.")
+        for rank in self._ranks:
+            check_count("expert_ranks", rank, "the rank of an expert")
+
+    def _check_base(self) -> None:
+        if self.base_expert_mode not in MODES:
+            raise ValueError(f"base_expert_mode={self.base_expert_mode!r} is not known; use one of {MODES}.")
+        if isinstance(self.num_base_experts, bool) or not isinstance(self.num_base_experts, int):
+            raise ValueError(f"num_base_experts={self.num_base_experts!r} is a number of experts; give 0 or more.")
+        check_fraction("num_base_experts", self.num_base_experts, "a number of experts")
+        check_fraction("base_coefficient", self.base_coefficient, "the weight of a loss")
+        if self.base_expert_rank is not None:
+            check_count("base_expert_rank", self.base_expert_rank, "the rank of the base expert")
+        if (self.base_expert_mode == "general") != bool(self.general_tasks):
+            raise ValueError(
+                f"base_expert_mode={self.base_expert_mode!r} and general_tasks={self.general_tasks!r}: mode "
+                "'general' trains the base expert on rows of general data; give both, with tasks=[...], or neither."
+            )
+        unknown = sorted(set(self.general_tasks or ()) - set(self.task_names))
+        if unknown or (self.general_tasks and not set(self.task_names) - set(self.general_tasks)):
+            raise ValueError(
+                f"general_tasks={self.general_tasks!r} and tasks={self.tasks!r}: general tasks are some of the "
+                f"tasks, and not all; unknown: {unknown}."
+            )
+        if self.base_expert_mode == "general" and (self.num_base_experts == 0 or "localized" in self.coefficients):
+            raise ValueError(
+                f"base_expert_mode='general' with num_base_experts={self.num_base_experts} and balance_loss="
+                f"{self.balance_loss!r}: it needs a base expert, and brings the localized loss itself."
+            )
+
+    def resolve(self, keys: Sequence[str]) -> None:
+        lengths = stacks(keys)
+        if self.experts_per_layer is None:
+            self.experts_per_layer = {
+                stack: experts_per_layer(self.expert_schedule, length, self.num_experts)
+                for stack, length in lengths.items()
+            }
+        for stack, counts in self.experts_per_layer.items():
+            if lengths.get(stack) != len(counts):
+                raise ValueError(
+                    f"experts_per_layer is for {len(counts)} layers in {stack!r}, and this model has "
+                    f"{lengths.get(stack, 0)}; the adapter was made for another base model. To make a new one, leave "
+                    "experts_per_layer out."
+                )
+
+    def special_at(self, key: str) -> int:
+        """Number of special experts of a module."""
+        layer = layer_of(key)
+        stack = (self.experts_per_layer or {}).get(layer[0]) if layer else None
+        default = stack[layer[1]] if stack and layer else self.num_experts
+        return int(self.at(self.num_experts_pattern, key, default))
+
+    @property
+    def base_is_empty(self) -> bool:
+        """Whether base experts have no matrices."""
+        return self.base_expert_mode == "frozen"
+
+    def experts_at(self, key: str) -> Experts:
+        ranks = tuple(islice(cycle(self._ranks), self.special_at(key)))
+        rank = int(self.at(self.rank_pattern, key, 0))
+        if rank:
+            ranks = (rank,) * len(ranks)
+        if not self.base_is_empty:
+            ranks = (self.base_expert_rank or min(self._ranks),) * self.num_base_experts + ranks
+        alphas = [self.lora_alpha or 2 * r for r in ranks]
+        return Experts(ranks, tuple(self._scaling(key, r, alpha) for r, alpha in zip(ranks, alphas, strict=True)))
+
+    @property
+    def _ranks(self) -> list[int]:
+        return list(self.expert_ranks) if isinstance(self.expert_ranks, (list, tuple)) else [self.expert_ranks]

@@ -1,0 +1,67 @@
+"""The batch that a call is about.
+
+Shapes: n rows · s tokens
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Shape of the input of the call that layers are run for, as far as its arguments show it.
+
+    Args:
+        rows: length of the first axis.
+        tokens: length of the second axis of token ids or embeddings; None for other inputs.
+        images: the input has four or more axes, and layers may see several windows per row.
+        device: where it is.
+        mask: (n, s), true for tokens that are no padding; None if the call has no mask.
+        decoder_mask: the same for the decoder of an encoder-decoder model.
+    """
+
+    rows: int
+    tokens: int | None = None
+    images: bool = False
+    device: torch.device | None = None
+    mask: torch.Tensor | None = None
+    decoder_mask: torch.Tensor | None = None
+
+    def explains(self, rows: int, axes: int) -> bool:
+        """Whether a layer's input with these rows and number of axes keeps the order of this batch."""
+        flattened = axes == 2 and self.tokens is not None and rows == self.rows * self.tokens
+        return rows == self.rows or flattened or (self.images and rows % self.rows == 0)
+
+    def tokens_of(self, x: torch.Tensor, *, in_decoder: bool) -> tuple[torch.Size, torch.Tensor | None]:
+        """A layer's input as rows of tokens: its leading axes as (n, s), and the mask (n, s) of the tokens that count.
+
+        An input that the call's mask does not fit, such as the patches of an image, has no padding.
+        """
+        if self.tokens is not None and x.shape[:-1] == (self.rows * self.tokens,):  # OPT flattens (n, s)
+            shape = torch.Size((self.rows, self.tokens))
+        else:
+            shape = torch.Size((x.shape[0], x.shape[1:-1].numel()))
+        mask = self.decoder_mask if in_decoder else self.mask
+        if mask is None or mask.shape[1] < shape[1] or shape[0] % mask.shape[0]:
+            return shape, None
+        if mask.shape[1] > shape[1] and (in_decoder or shape[1] != self.tokens):
+            return shape, None
+        mask = mask[:, -shape[1] :]  # with a cache, the mask covers earlier tokens too
+        return shape, mask.repeat_interleave(shape[0] // mask.shape[0], dim=0)
+
+
+def keep_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """An attention mask in any of transformers' forms as (n, s), true for tokens that are no padding.
+
+    Args:
+        mask: (n, s) with 0 for padding; or (n, 1, q, s), boolean or added to scores, where a token that no query sees
+            is padding.
+    """
+    if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4):
+        return None
+    if mask.dim() == 2:
+        return mask != 0
+    return (mask if mask.dtype == torch.bool else mask == 0).any(-2)[:, 0]

@@ -1,0 +1,113 @@
+"""How balance losses reach the gradient.
+
+Adding them to `outputs.loss` would not do: trainers scale that loss by what they know of the step (accumulation,
+label tokens over all devices, loss scalers), some do not use it at all, and under reentrant checkpointing a layer's
+first run has no graph. So a layer's term travels with its expert weights: forward leaves the weights as they are, and
+backward adds the term's gradient, scaled by what reached the loss. The value of the loss stays that of the task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Ledger:
+    """The balance losses of one training call: what layers charged, and the factor that backward found on the loss.
+
+    Args:
+        outside_scale: factor for losses that are computed outside of the model, from its logits, say.
+    """
+
+    def __init__(self, outside_scale: float) -> None:
+        self.outside_scale = outside_scale
+        self.is_open = True
+        self.scale: torch.Tensor | None = None
+        self.charged: dict[str, list[torch.Tensor]] = {}  # by account, one value per routed layer
+
+    def charge(self, account: str, coefficient: float, term: torch.Tensor, carrier: torch.Tensor) -> torch.Tensor:
+        """Add `coefficient · mean over layers(term)` to the loss; returns the carrier, which must be used instead.
+
+        Args:
+            account: what the mean is taken over: terms of the same account.
+            coefficient: weight of the loss.
+            term: a number.
+            carrier: a tensor of this layer on the way to the output, through which backward comes by.
+        """
+        if torch.compiler.is_compiling():  # summed up and added to the loss by `settle`
+            self.charged.setdefault(account, []).append(coefficient * term)
+            return carrier
+        if self.is_open:  # not in a recomputation for backward
+            self.charged.setdefault(account, []).append(coefficient * term.detach())
+        return _Carry.apply(carrier, term, self, account, coefficient) if torch.is_grad_enabled() else carrier
+
+    def total(self) -> torch.Tensor:
+        """Sum over accounts of the mean over layers, with coefficients; 0 if nothing was charged."""
+        means = [torch.stack([t.to(terms[0].device) for t in terms]).mean() for terms in self.charged.values()]
+        return torch.stack([mean.to(means[0].device) for mean in means]).sum() if means else torch.zeros(())
+
+    def settle(self, loss: torch.Tensor | None, log_probs: torch.Tensor | None, share: torch.Tensor | float) -> Any:
+        """Watch what a call returns.
+
+        Args:
+            loss: the model's loss, if it computed one.
+            log_probs: the labels' log-probabilities (zero where there is none), if the loss is made of them elsewhere.
+            share: the part of the step's label tokens that this call has, where the loss is a sum over the call divided
+                by the tokens of the whole step; 1 where it is a mean.
+
+        Returns:
+            loss and log_probs to hand on instead; their values are the same.
+        """
+        if torch.compiler.is_compiling():
+            total = self.total()
+            nothing = total - total.detach()  # 0 with a gradient
+            return (
+                None if loss is None else loss + (nothing * share).to(loss.dtype),
+                None if log_probs is None else log_probs - nothing.to(log_probs.dtype),
+            )
+        return (
+            None if loss is None else _Watch.apply(loss, self, lambda g: g.sum() * share),
+            None if log_probs is None else _Watch.apply(log_probs, self, self._scale_of_tokens),
+        )
+
+    def _scale_of_tokens(self, g: torch.Tensor) -> torch.Tensor:
+        """The tokens' factors in a negative log-likelihood add up to the factor on its mean.
+
+        Losses that raise some log-probabilities and lower others, as for preferences, have no such factor.
+        """
+        return torch.where((g > 0).any(), torch.as_tensor(self.outside_scale).to(g), -g.sum())
+
+    def factor(self, account: str) -> torch.Tensor | float:
+        """What backward multiplies a layer's term by."""
+        return (self.outside_scale if self.scale is None else self.scale) / len(self.charged[account])
+
+
+class _Carry(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, carrier: torch.Tensor, term: torch.Tensor, ledger: Ledger, account: str, coefficient: float
+    ) -> torch.Tensor:
+        ctx.ledger, ctx.account, ctx.coefficient = ledger, account, coefficient
+        ctx.like = term.new_empty(0)
+        return carrier.view_as(carrier)
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        factor = torch.as_tensor(ctx.ledger.factor(ctx.account)).to(ctx.like)
+        return g, ctx.coefficient * factor, None, None, None
+
+
+class _Watch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, value: torch.Tensor, ledger: Ledger, scale: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        ctx.ledger, ctx.scale = ledger, scale
+        return value.clone()  # not a view: Trainer multiplies its loss in place
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ctx.ledger.scale = ctx.scale(g).detach()
+        return g, None, None

@@ -1,0 +1,240 @@
+"""What the methods share whose experts are chosen by the tokens: tasks as labels, balance losses, statistics."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from .config import MoeConfig, check_fraction, check_tasks, names_of
+from .layer import MoeLinear
+from .losses import BALANCE_LOSSES
+from .routing import BalanceTerm, RoutingStatistics, TokenRouter
+from .tuner import IN_BASE_EXPERTS, SEQUENCE_FIRST, MoeTuner
+
+# The coefficient a loss has when the config only names it; ours, except the papers' own in their configs.
+DEFAULT_COEFFICIENT = 0.01
+
+# Layers of an encoder-decoder model's decoder that see the encoder's output: keys and values of cross-attention.
+OF_ENCODER = re.compile(r"(?i:encdec|encoder_|cross)[^.]*\.(k|v|key|value|k_proj|v_proj|k_lin|v_lin)$")
+
+
+@dataclass
+class TokenRoutedConfig(MoeConfig):
+    """Fields of the configs whose experts are chosen by the tokens; use one of its subclasses.
+
+    Args:
+        tasks: names of the tasks, if rows have any: routing does not depend on them, but statistics are then kept per
+            task, and the localized loss needs them. Ids come in by `task_ids`.
+        balance_loss: `"none"`, or a loss of `peft_moe.losses`: `"switch"`, `"variance"`, `"cv2"`, `"localized"`,
+            `"z"`; or several with a coefficient each, such as `{"switch": 0.01, "z": 0.001}`. Each is the mean over
+            routed layers of a number per micro-batch, and reaches the gradient with the weight that the micro-batch's
+            task loss has.
+        balance_coefficient: weight of a loss that is only named.
+        expert_groups: for the localized loss, groups of tasks: `{"general": ["chat"], "medical": ["icd", "rad"]}`. The
+            experts of a layer are split evenly over the groups, in this order.
+        localized_delta: δ of the localized loss: how much more the experts of a row's group are to get.
+    """
+
+    tasks: list[str] | int | None = None
+    balance_loss: str | dict[str, float] = "none"
+    balance_coefficient: float = DEFAULT_COEFFICIENT
+    expert_groups: dict[str, list[str]] | None = None
+    localized_delta: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.tasks = check_tasks(self.tasks) if self.tasks is not None else None
+        self._check_balance()
+        self._check_groups()
+
+    def _check_balance(self) -> None:
+        check_fraction("balance_coefficient", self.balance_coefficient, "the weight of a loss")
+        check_fraction("localized_delta", self.localized_delta, "how much more a group's experts get", high=0.99)
+        known = ["none", *BALANCE_LOSSES]
+        names = self.balance_loss if isinstance(self.balance_loss, dict) else [self.balance_loss]
+        for name in names:
+            if name not in (known[1:] if isinstance(self.balance_loss, dict) else known):
+                raise ValueError(f"balance_loss={self.balance_loss!r} is not known; use one of {known}.")
+        if isinstance(self.balance_loss, dict):
+            for name, value in self.balance_loss.items():
+                check_fraction(f"balance_loss[{name!r}]", value, "the weight of a loss")
+
+    def _check_groups(self) -> None:
+        groups = self.expert_groups
+        if groups is not None:
+            in_groups = [task for tasks in groups.values() for task in tasks]
+            wrong = sorted({t for t in in_groups if t not in self.task_names or in_groups.count(t) > 1})
+            missing = [t for t in self.task_names if t not in in_groups]
+            if wrong or missing or not groups or not all(groups.values()):
+                raise ValueError(
+                    f"expert_groups={groups!r} and tasks={self.tasks!r}: every task belongs to one group, and no "
+                    f"group is empty; unknown or twice: {wrong}, missing: {missing}."
+                )
+        if "localized" in self.coefficients and groups is None:
+            raise ValueError(
+                f"balance_loss={self.balance_loss!r} compares experts with groups of tasks; give tasks=[...] and "
+                "expert_groups={'group': ['task', ...]}."
+            )
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """The balance losses and their weights."""
+        if isinstance(self.balance_loss, dict):
+            return dict(self.balance_loss)
+        return {} if self.balance_loss == "none" else {self.balance_loss: self.balance_coefficient}
+
+    @property
+    def task_names(self) -> list[str]:
+        """Names of the tasks by id; none where rows have no labels."""
+        return names_of(self.tasks)
+
+    @property
+    def default_task(self) -> None:
+        """Labels are never made up."""
+        return None
+
+
+def balance_terms(config: TokenRoutedConfig) -> list[BalanceTerm]:
+    """The balance losses of a config as functions."""
+    delta = {"localized": {"delta": config.localized_delta}}
+    return [
+        BalanceTerm(name, partial(BALANCE_LOSSES[name], **delta.get(name, {})), coefficient)
+        for name, coefficient in config.coefficients.items()
+    ]
+
+
+def matches_by_group(tasks: Sequence[str], groups: Sequence[Sequence[str]], num_experts: int) -> torch.Tensor:
+    """(T, E) bool: the experts, split evenly over the groups, that are meant for each task."""
+    group_of_task = torch.tensor([next(g for g, names in enumerate(groups) if task in names) for task in tasks])
+    group_of_expert = torch.arange(num_experts) * len(groups) // num_experts
+    return group_of_task.unsqueeze(1) == group_of_expert
+
+
+class TokenRoutedTuner(MoeTuner):
+    """Adds to the tuner what routers that read their input allow and do not allow."""
+
+    def check_routing(self, config: TokenRoutedConfig, keys: list[str]) -> None:
+        if not config.coefficients:
+            return
+        model_type = self.get_model_config(self.model).get("model_type")
+        inside = next((key for key in keys if IN_BASE_EXPERTS.search(key)), None)
+        if model_type in SEQUENCE_FIRST:
+            why = f"the layers of a {model_type} model do not see the rows of a batch first"
+        elif inside is not None:
+            why = f"the inputs of {inside!r} are tokens picked from all rows"
+        else:
+            return
+        raise ValueError(
+            f"balance_loss={config.balance_loss!r} leaves padding out, and {why}, so that it cannot be told from "
+            "text; use balance_loss='none', or exclude such modules."
+        )
+
+    def reads_decoder(self, key: str) -> bool:
+        """Whether the module at `key` sees the decoder's tokens, in a model that has an encoder too."""
+        return self.is_encoder_decoder and "decoder" in key.split(".") and not OF_ENCODER.search(key)
+
+    # balance losses
+
+    @property
+    def balance_loss(self) -> torch.Tensor | None:
+        """The balance losses of the last training call, weighted and summed, without gradient; None if it has none."""
+        ledger = self.context.last_ledger
+        return None if ledger is None or not ledger.charged else ledger.total().detach()
+
+    def set_balance_scale(self, scale: float) -> None:
+        """Say how much a call weighs in a loss that is computed outside of the model: 1 / gradient accumulation steps.
+
+        Not needed where the model's own `loss` is used (Trainer), or TRL's `log_probs` for a likelihood (SFTTrainer):
+        there the balance loss follows the factor on the loss.
+
+        Raises:
+            ValueError: not a number from 0 up.
+        """
+        check_fraction("scale", scale, "the factor on balance losses")
+        self.context.outside_scale = float(scale)
+
+    # statistics
+
+    def routers(self, adapter_name: str | None = None) -> Iterator[tuple[str, TokenRouter]]:
+        """Names of an adapter's routed layers, and their routers; by default of the active adapter."""
+        adapter_name = self.active_adapters[0] if adapter_name is None else adapter_name
+        for key, layer in self.model.named_modules():
+            if isinstance(layer, MoeLinear) and isinstance(router := layer.router_of(adapter_name), TokenRouter):
+                yield key, router
+
+    def record_routing(self, enabled: bool = True) -> None:
+        """Start or stop adding up what the routers of all adapters do; starting again forgets what was added up."""
+        self.recording = enabled
+        for adapter, config in self.peft_config.items():
+            for _, router in self.routers(adapter):
+                if enabled:
+                    router.record(cast(TokenRoutedConfig, config).task_names)
+                else:
+                    router.statistics = None
+
+    def routing_statistics(self, *, training: bool = False, reset: bool = False) -> dict[str, dict[str, Any]]:
+        """What the active adapter's routers did since recording began, or since the last reset.
+
+        Args:
+            training: calls in training mode, or those outside of it.
+            reset: start from zero.
+
+        Returns:
+            by layer, what `RoutingStatistics.read` describes; layers that were not run are left out.
+
+        Raises:
+            ValueError: routing is not being recorded.
+        """
+        found = {}
+        for key, statistics, router in self.recorded(training):
+            found[key] = statistics.read(router.num_base)
+            if reset:
+                statistics.sums = None
+        return {key: values for key, values in found.items() if values}
+
+    def recorded(self, training: bool) -> Iterator[tuple[str, RoutingStatistics, TokenRouter]]:
+        """Layer, statistics and router of the active adapter."""
+        if not self.recording:
+            raise ValueError("Routing is not being recorded; call model.record_routing() before the calls to look at.")
+        for key, router in self.routers():
+            if router.statistics is not None:
+                yield key, router.statistics[training], router
+
+    # merging
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in peft, for adapters without routed layers.
+
+        Raises:
+            ValueError: an adapter is routed by tokens; nothing is merged then.
+        """
+        self._check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_mergeable(adapter_names)
+        return super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+
+    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
+        for adapter in self.active_adapters if adapter_names is None else adapter_names:
+            if any(True for _ in self.routers(adapter)):
+                raise ValueError(
+                    f"Adapter {adapter!r} chooses experts for each token, so that no single weight matrix does what "
+                    "it does and it cannot be merged; keep it as an adapter, or train MOELoRA, whose tasks merge "
+                    "exactly."
+                )
