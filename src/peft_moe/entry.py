@@ -102,10 +102,10 @@ class Entry:
         named = isinstance(outputs, dict)
         scalar = isinstance(outputs, tuple) and isinstance(outputs[0], torch.Tensor) and outputs[0].dim() == 0
         loss = outputs.get("loss") if named else outputs[0] if scalar else None
-        log_probs = outputs.get("log_probs") if named else None  # of TRL's trainers
+        log_probs, mask = (outputs.get(name) if named else None for name in ("log_probs", "label_mask"))  # TRL's
         if loss is None and log_probs is None:
             self.tuner.context.warn_of_outside_loss()
-        loss, log_probs = ledger.settle(loss, log_probs, self._share(kwargs))
+        loss, log_probs = ledger.settle(loss, self._share(kwargs), log_probs, mask)
         if named and loss is not None:
             outputs["loss"] = loss
         if log_probs is not None:

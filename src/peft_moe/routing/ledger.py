@@ -48,28 +48,36 @@ class Ledger:
         means = [torch.stack([t.to(terms[0].device) for t in terms]).mean() for terms in self.charged.values()]
         return torch.stack([mean.to(means[0].device) for mean in means]).sum() if means else torch.zeros(())
 
-    def settle(self, loss: torch.Tensor | None, log_probs: torch.Tensor | None, share: torch.Tensor | float) -> Any:
+    def settle(
+        self,
+        loss: torch.Tensor | None,
+        share: torch.Tensor | float,
+        log_probs: torch.Tensor | None = None,
+        label_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Watch what a call returns.
 
         Args:
             loss: the model's loss, if it computed one.
-            log_probs: the labels' log-probabilities (zero where there is none), if the loss is made of them elsewhere.
             share: the part of the step's label tokens that this call has, where the loss is a sum over the call divided
                 by the tokens of the whole step; 1 where it is a mean.
+            log_probs: the labels' log-probabilities, if the loss is made of them elsewhere.
+            label_mask: true where there is a label, of the shape of log_probs; a sum over all may go over others too.
 
         Returns:
             loss and log_probs to hand on instead; their values are the same.
         """
+        labelled = 1 if label_mask is None else label_mask
         if torch.compiler.is_compiling():
             total = self.total()
             nothing = total - total.detach()  # 0 with a gradient
             return (
                 None if loss is None else loss + (nothing * share).to(loss.dtype),
-                None if log_probs is None else log_probs - nothing.to(log_probs.dtype),
+                None if log_probs is None else log_probs - (nothing * labelled).to(log_probs.dtype),
             )
         return (
             None if loss is None else _Watch.apply(loss, self, lambda g: g.sum() * share),
-            None if log_probs is None else _Watch.apply(log_probs, self, self._scale_of_tokens),
+            None if log_probs is None else _Watch.apply(log_probs, self, lambda g: self._scale_of_tokens(g * labelled)),
         )
 
     def _scale_of_tokens(self, g: torch.Tensor) -> torch.Tensor:
