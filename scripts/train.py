@@ -1,4 +1,4 @@
-"""Trains a MOELoRA adapter, or a stock LoRA to compare it with, on several tasks at once.
+"""Trains an adapter of peft_moe, or a stock LoRA to compare it with, on several tasks at once.
 
     python scripts/train.py recipes/quickstart.yaml
     python scripts/train.py recipes/moelora.yaml --model_name_or_path Qwen/Qwen3-0.6B --learning_rate 1e-4
@@ -10,8 +10,9 @@ the last one, or a folder) and so on. Writes to output_dir: the adapter, the tok
 all_results.json.
 """
 
+import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal
 
@@ -27,12 +28,12 @@ from transformers import (
     set_seed,
 )
 
-from peft_moe import MoeLoraConfig
+from peft_moe import MedMoeLoraConfig, MoeConfig, MoeLoraConfig, MoLoraConfig, TokenRoutedConfig
 from peft_moe.arguments import parse_arguments
 from peft_moe.card import TAGS, model_card
 from peft_moe.data import TaskInfo, encode, mix, read_examples, read_task_info, take_per_task
 from peft_moe.evaluation import table
-from peft_moe.training import TaskCollator, TaskEvaluation, score_with_trainer
+from peft_moe.training import RoutingCallback, TaskCollator, TaskEvaluation, score_with_trainer
 
 
 @dataclass
@@ -70,44 +71,70 @@ class DataArguments:
     card_license: str | None = field(default=None, metadata={"help": "The adapter's licence, such as apache-2.0."})
 
 
+METHODS = {"moelora": MoeLoraConfig, "molora": MoLoraConfig, "medmoelora": MedMoeLoraConfig, "lora": LoraConfig}
+
+
 @dataclass
 class AdapterArguments:
-    """The adapter; the defaults are the paper's."""
+    """The adapter. What is not given has the default of the method's config, which is the paper's."""
 
-    method: Literal["moelora", "lora"] = field(default="moelora", metadata={"help": "lora: stock LoRA of the same r."})
-    tasks: list[str] | None = field(
-        default=None, metadata={"help": "Names in order of their ids; default: the data's."}
+    method: Literal["moelora", "molora", "medmoelora", "lora"] = field(
+        default="moelora", metadata={"help": "lora: peft's stock LoRA, to compare with."}
     )
-    default_task: str | None = field(default=None, metadata={"help": "Task of calls that name none."})
-    r: int = field(default=16, metadata={"help": "Total rank, shared by the experts."})
-    lora_alpha: int = field(default=32, metadata={"help": "The adapter is scaled by lora_alpha / r."})
-    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout of the adapter's input."})
     target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"], metadata={"help": "Names of the layers to adapt, or all-linear."}
     )
-    num_experts: int = field(default=8, metadata={"help": "Experts per layer; must divide r."})
-    task_embedding_dim: int = field(default=64, metadata={"help": "Size of the gate's task embedding."})
-    gate_scope: Literal["model", "layer"] = field(default="model", metadata={"help": "One gate in all, or per layer."})
+    tasks: list[str] | None = field(
+        default=None, metadata={"help": "Names in order of their ids; default: the data's."}
+    )
+    default_task: str | None = field(default=None, metadata={"help": "moelora: task of calls that name none."})
+    r: int | None = field(default=None, metadata={"help": "Rank: moelora's experts share it, molora's have it each."})
+    lora_alpha: float | None = field(default=None, metadata={"help": "The adapter is scaled by lora_alpha / r."})
+    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout of the adapter's input."})
+    num_experts: int | None = field(default=None, metadata={"help": "Experts per layer."})
+    num_experts_pattern: str | None = field(
+        default=None, metadata={"help": "JSON of module name or regex to number of experts, where it differs."}
+    )
+    task_embedding_dim: int | None = field(default=None, metadata={"help": "moelora: size of a task's embedding."})
+    gate_scope: Literal["model", "layer"] | None = field(default=None, metadata={"help": "moelora: gates in all."})
+    top_k: int | None = field(default=None, metadata={"help": "molora: experts per token."})
+    router_bias: bool | None = field(default=None, metadata={"help": "molora: whether routers have a bias."})
+    num_shared_experts: int | None = field(default=None, metadata={"help": "molora: experts that every token gets."})
+    expert_schedule: str | None = field(
+        default=None, metadata={"help": "medmoelora: uniform, ascending, descending, or JSON of a law, bands or list."}
+    )
+    expert_ranks: list[int] | None = field(default=None, metadata={"help": "medmoelora: ranks, taken in turn."})
+    base_expert_mode: str | None = field(default=None, metadata={"help": "medmoelora: frozen, regularized or general."})
+    general_tasks: list[str] | None = field(default=None, metadata={"help": "medmoelora: tasks that are general data."})
+    inference_top_k: int | None = field(default=None, metadata={"help": "medmoelora: experts kept when not training."})
+    balance_loss: str | None = field(
+        default=None, metadata={"help": "none, switch, variance, cv2, localized, z, or JSON of names and weights."}
+    )
+    balance_coefficient: float | None = field(default=None, metadata={"help": "Weight of the balance loss."})
+    log_routing: Literal["no", "summary", "layers"] = field(
+        default="summary", metadata={"help": "What to log of the routers; layers has every expert of every layer."}
+    )
 
     def config(self, tasks: list[str]) -> PeftConfig:
-        """The config of the chosen method."""
-        shared = {
-            "task_type": "CAUSAL_LM",
-            "r": self.r,
-            "lora_alpha": self.lora_alpha,
-            "lora_dropout": self.lora_dropout,
-            "target_modules": "all-linear" if self.target_modules == ["all-linear"] else self.target_modules,
-        }
-        if self.method == "lora":
-            return LoraConfig(**shared)
-        return MoeLoraConfig(
-            **shared,
-            tasks=tasks,
-            default_task=self.default_task,
-            num_experts=self.num_experts,
-            task_embedding_dim=self.task_embedding_dim,
-            gate_scope=self.gate_scope,
-        )
+        """The config of the chosen method.
+
+        Raises:
+            ValueError: an argument that the method does not have.
+        """
+        own = {"method", "target_modules", "tasks", "log_routing"}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
+        given = {name: value for name, value in given.items() if value is not None}
+        config_cls = METHODS[self.method]
+        known = {f.name for f in fields(config_cls)}
+        if foreign := sorted(given.keys() - known):
+            raise ValueError(f"--method {self.method} has no {', '.join(foreign)}; leave out what is of other methods.")
+        for name, value in given.items():
+            if isinstance(value, str) and value.startswith(("{", "[")):
+                given[name] = json.loads(value)
+        targets = "all-linear" if self.target_modules == ["all-linear"] else self.target_modules
+        if "tasks" in known:
+            given["tasks"] = tasks
+        return config_cls(task_type="CAUSAL_LM", target_modules=targets, **given)
 
 
 def main(argv: list[str]) -> None:
@@ -126,6 +153,9 @@ def main(argv: list[str]) -> None:
     generation = {"batch_size": args.per_device_eval_batch_size, "max_new_tokens": data_args.max_new_tokens}
     if data_args.eval_split:
         trainer.add_callback(TaskEvaluation(trainer, examples[data_args.eval_split], info, **generation))
+
+    if isinstance(config, TokenRoutedConfig) and adapter_args.log_routing != "no":
+        trainer.add_callback(RoutingCallback(trainer, per_layer=adapter_args.log_routing == "layers"))
 
     resume = args.resume_from_checkpoint  # a flag arrives as a string
     metrics = trainer.train(
@@ -185,7 +215,8 @@ def build_trainer(
     examples: dict[str, Dataset],
 ) -> Trainer:
     """The stock Trainer on the encoded rows, drawn from the tasks as the arguments say."""
-    tasks = getattr(model.active_peft_config, "task_names", None)  # a stock LoRA has none
+    config = model.active_peft_config
+    tasks = config.task_names if isinstance(config, MoeConfig) else None
     with args.main_process_first(desc="encoding the data"):
         # the test split too: a row that cannot be used shows before training
         encoded = partial(encode, tokenizer=tokenizer, tasks=tasks, max_length=data_args.max_length)

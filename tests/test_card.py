@@ -1,15 +1,19 @@
 """The model card: what it says, and that neither peft nor a round through its own parser changes it."""
 
+import ast
+import copy
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny_models import make_model
 
-from peft_moe import MoeLoraConfig
-from peft_moe.card import TAGS, model_card
+from peft_moe import MedMoeLoraConfig, MoeConfig, MoeLoraConfig, MoLoraConfig
+from peft_moe.card import METHODS, TAGS, model_card, tags_of
 from peft_moe.data import TaskInfo
 
 INFO = {"size": TaskInfo("size", "Small | tall?", "accuracy"), "leaf": TaskInfo("leaf", "Which leaf?", "macro_f1")}
@@ -18,16 +22,105 @@ RESULTS = {
     "leaf": {"metric": "macro_f1", "score": 0.5, "exact_match": 0.625, "n": 8},
     "mean": {"metric": "mean", "score": 0.625, "exact_match": 0.6875, "n": 16},
 }
+# Adapters routed by tokens on the tiny Llama (2 layers), and what their cards have to say. Eq. 2 of Med-MoE-LoRA with
+# γ = 2 gives its first layer 2 + ⌊6 / 4⌋ = 3 experts and its last one 8.
+BY_TOKEN = [
+    (
+        MoLoraConfig(task_type="CAUSAL_LM", r=4, balance_loss="switch"),
+        "MOLORA",
+        [
+            "A MoLoRA adapter (MING-MOE, [arXiv 2404.09027](https://arxiv.org/abs/2404.09027)) for `me/base`",
+            "gives each token the best 2 of 8 LoRA experts of rank 4, weighed by their scores. Layers that",
+            "| num_experts_pattern | `{'[^.]*(?i:attn\\|attention)[^.]*\\\\..+': 1}` |",
+            "| balance_loss | `{'switch': 0.01}` |",
+            "| top_k | 2 |",
+            "title     = {{MING-MOE}: Enhancing Medical Multi-Task Learning",
+        ],
+        ["top_p", "expert_groups", "shared ones", "2601.07935"],
+    ),
+    (
+        MoLoraConfig(
+            task_type="CAUSAL_LM", r=4, num_experts=4, top_p=0.5, num_shared_experts=1, num_experts_pattern={}
+        ),
+        "MOLORA",
+        [
+            "the fewest of 4 LoRA experts of rank 4 whose probabilities add up to 0.5, weighed by their scores, and 1 "
+            "shared ones to all tokens. Experts",
+            "| top_p | 0.5 |",
+            "| balance_loss | none |",
+        ],
+        ["num_experts_pattern"],
+    ),
+    (
+        MoLoraConfig(task_type="CAUSAL_LM", r=4, num_experts=2, top_k=4, num_experts_pattern={"down_proj": 3}),
+        "MOLORA",
+        ["gives each token all 2 LoRA experts of rank 4", "| num_experts_pattern | `{'down_proj': 3}` |"],
+        ["Layers that num_experts_pattern"],
+    ),
+    (
+        MedMoeLoraConfig(task_type="CAUSAL_LM", expert_ranks=[2, 4], inference_top_k=2),
+        "MEDMOELORA",
+        [
+            "A Med-MoE-LoRA adapter ([arXiv 2601.07935](https://arxiv.org/abs/2601.07935)) for `me/base`",
+            "weighs, for each token, 3 to 8 LoRA experts of ranks 2, 4 in turn and alpha of twice the rank, beside a "
+            "base expert left at zero",
+            "| experts_per_layer | `{'model.layers': [3, 8]}` |",
+            "| expert_schedule | ascending |",
+            "| expert_ranks | [2, 4] |",
+            "| base_expert_mode | frozen |",
+            "| balance_loss | `{'variance': 0.01}` |",
+            "| inference_top_k | 2 |",
+            "note      = {Med-MoE-LoRA, arXiv:2601.07935}",
+        ],
+        ["| lora_alpha |", "base_expert_rank", "2404.09027"],
+    ),
+    (
+        MedMoeLoraConfig(
+            task_type="CAUSAL_LM",
+            expert_ranks=4,
+            lora_alpha=8,
+            expert_schedule="uniform",
+            num_experts=3,
+            num_base_experts=2,
+            base_expert_mode="regularized",
+            base_coefficient=0.5,
+            balance_loss="none",
+        ),
+        "MEDMOELORA",
+        [
+            "weighs, for each token, 3 LoRA experts of ranks 4 in turn, beside 2 base experts held near zero by a loss "
+            "of weight 0.5.",
+            "| lora_alpha | 8 |",
+            "| num_base_experts | 2 |",
+        ],
+        ["twice the rank"],
+    ),
+    (
+        MedMoeLoraConfig(
+            task_type="CAUSAL_LM", num_experts=3, base_expert_mode="general", tasks=list(INFO), general_tasks=["leaf"]
+        ),
+        "MEDMOELORA",
+        [
+            "drawn to the rows of the general tasks leaf by a localized loss of weight 0.01",
+            "| 1 | leaf | Which leaf? |",
+        ],
+        ["left at zero"],
+    ),
+]
+NAMES = ["molora", "molora-top-p-shared", "molora-dense", "medmoelora", "medmoelora-regularized", "medmoelora-general"]
+
+
+def make_adapter(config) -> PeftModel:
+    base = make_model("llama")
+    base.name_or_path = base.config._name_or_path = "me/base"
+    base.add_model_tags(tags_of(config))
+    return get_peft_model(base, copy.deepcopy(config))  # which settles open fields in it
 
 
 def make_moelora() -> PeftModel:
-    base = make_model("llama")
-    base.name_or_path = base.config._name_or_path = "me/base"
-    base.add_model_tags(list(TAGS))
-    config = MoeLoraConfig(
-        task_type="CAUSAL_LM", r=4, num_experts=2, tasks=list(INFO), target_modules=["v_proj", "q_proj"]
+    return make_adapter(
+        MoeLoraConfig(task_type="CAUSAL_LM", r=4, num_experts=2, tasks=list(INFO), target_modules=["v_proj", "q_proj"])
     )
-    return get_peft_model(base, config)
 
 
 def make_card(model: PeftModel, **changes) -> ModelCard:
@@ -107,12 +200,53 @@ def test_a_stock_lora_is_not_called_moelora():
     assert "moelora" not in card.content.lower()
 
 
-def test_saving_the_model_over_the_card_keeps_it(tmp_path: Path):
-    model = make_moelora()
+@pytest.mark.parametrize(("config", "peft_type", "said", "unsaid"), BY_TOKEN, ids=NAMES)
+def test_the_card_of_a_token_routed_adapter_is_its_own(config, peft_type, said, unsaid):
+    model = make_adapter(config)
+    card = make_card(model)
+    trainable, total = model.get_nb_trainable_parameters()
+    for part in [*said, f"Trainable parameters: {trainable:,} of {total:,} ("]:
+        assert part in card.text
+    assert f"import peft_moe  # registers {peft_type} with peft" in card.text.splitlines()
+    assert 'model = AutoPeftModelForCausalLM.from_pretrained("me/trees")' in card.text.splitlines()
+    assert "can neither be merged into the base model nor folded into a stock LoRA" in card.text
+    for part in [*unsaid, "set_task", "task_ids", "peft-moe fold", "MOELoRA", "2310.18339", "None"]:
+        assert part not in card.text
+    assert metadata(card)["tags"] == tags_of(config)
+
+
+def test_the_card_lists_the_schedule_that_the_model_has():
+    model = make_adapter(MedMoeLoraConfig(task_type="CAUSAL_LM", expert_ranks=2, expert_schedule=[1, 5]))
+    (listed,) = re.findall(r"^\| experts_per_layer \| `(.*)` \|$", make_card(model).text, flags=re.MULTILINE)
+    ranks = [layer.moelora_bank["default"].ranks for key, layer in model.named_modules() if key.endswith("up_proj")]
+    assert ast.literal_eval(listed) == {"model.layers": [len(r) for r in ranks]} == {"model.layers": [1, 5]}
+
+
+def test_each_method_has_a_card_of_existing_fields_and_tags_of_its_own():
+    configs = [LoraConfig, MoeLoraConfig, MoLoraConfig, MedMoeLoraConfig]
+    assert [METHODS[config().peft_type] for config in configs] == list(METHODS.values())
+    for config in configs:
+        assert set(METHODS[config().peft_type].fields) <= {f.name for f in fields(config)}
+    tags = [frozenset(tags_of(config())) for config in configs]
+    assert len(set(tags)) == len(configs)
+    assert [("peft-moe" in found) for found in tags] == [issubclass(config, MoeConfig) for config in configs]
+    assert tags_of(MoeLoraConfig()) == list(TAGS)
+
+
+def test_an_adapter_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match="no card for a .*PROMPT_TUNING adapter; there are for LORA, MOELORA, MOLORA"):
+        tags_of(PromptTuningConfig(num_virtual_tokens=2))
+
+
+@pytest.mark.parametrize(
+    "make", [make_moelora, lambda: make_adapter(BY_TOKEN[0][0]), lambda: make_adapter(BY_TOKEN[3][0])]
+)
+def test_saving_the_model_over_the_card_keeps_it(make, tmp_path: Path):
+    model = make()
     before = make_card(model)
     before.save(tmp_path / "README.md")
     model.save_pretrained(tmp_path, save_embedding_layers=False)  # else peft looks for me/base on the Hub
     after = ModelCard.load(tmp_path / "README.md")
     assert after.text.strip() == before.text.strip()
-    assert set(after.data.tags) >= set(TAGS)
+    assert set(after.data.tags) >= set(tags_of(model.active_peft_config))
     assert metadata(after)["model-index"] == metadata(before)["model-index"]

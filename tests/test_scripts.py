@@ -16,10 +16,10 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig
 from safetensors.torch import load_file
 from tiny_models import make_model
 from tiny_text import make_tokenizer, write_data
-from train import AdapterArguments, DataArguments, ModelArguments, main
+from train import METHODS, AdapterArguments, DataArguments, ModelArguments, main
 from transformers import TrainingArguments
 
-from peft_moe import MoeLoraConfig
+from peft_moe import MedMoeLoraConfig, MoeLoraConfig, MoLoraConfig
 from peft_moe.arguments import parse_arguments
 
 ROOT = Path(__file__).parents[1]
@@ -135,8 +135,62 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(recipe, tmp
     assert not equal(again, checkpoint)
 
 
+# settings of the recipe fixture that another method does not have, and what it has instead
+OTHER_METHODS = {
+    "lora": ({"num_experts"}, {}),
+    "molora": (set(), {"num_experts": 4, "top_k": 2, "router_bias": False, "balance_loss": {"switch": 0.1, "z": 0.01}}),
+    "medmoelora": (
+        {"r"},
+        {
+            "num_experts": 4,
+            "expert_ranks": [2, 4],
+            "expert_schedule": {"type": "bands", "bands": [[0, 1, 2], [1, 2, 3]]},
+        },
+    ),
+}
+
+
+def change_method(recipe: Path, method: str) -> None:
+    without, extra = OTHER_METHODS[method]
+    settings = {k: v for k, v in yaml.safe_load(recipe.read_text()).items() if k not in without}
+    recipe.write_text(yaml.safe_dump(settings | {"method": method} | extra))
+
+
+@pytest.mark.parametrize(("method", "config_cls"), [("molora", MoLoraConfig), ("medmoelora", MedMoeLoraConfig)])
+def test_token_routed_methods_are_trained_scored_resumed_and_their_routing_logged(
+    recipe, base, data, tmp_path, method, config_cls
+):
+    change_method(recipe, method)
+    main([str(recipe), "--save_steps", "2", "--logging_steps", "2", "--log_routing", "layers"])
+    out = tmp_path / "out"
+    config = PeftConfig.from_pretrained(out)
+    assert type(config) is config_cls
+    if method == "medmoelora":
+        assert config.experts_per_layer == {"model.layers": [2, 3]}
+    else:
+        assert config.balance_loss == {"switch": 0.1, "z": 0.01}
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    logged = [entry for entry in history if "routing/entropy_after" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4]
+    assert "routing/model.layers.1.mlp.down_proj/size/load_0" in logged[0]
+    assert json.loads((out / "all_results.json").read_text())["test"].keys() == {"size", "leaf", "mean"}
+    picture = tmp_path / "routing.png"
+    run([sys.executable, str(ROOT / "scripts" / "plot_routing.py"), str(out), "--output", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    again = tmp_path / "again"
+    main([str(recipe), "--output_dir", str(again), "--resume_from_checkpoint", str(out / "checkpoint-2")])
+    assert equal(again, out)
+    assert not equal(again, out / "checkpoint-2")
+
+
+def test_a_setting_of_another_method_is_refused(recipe):
+    with pytest.raises(ValueError, match="--method lora has no num_experts; leave out what is of other methods"):
+        main([str(recipe), "--method", "lora"])
+
+
 def test_a_stock_lora_is_trained_in_the_same_way(recipe, base, tmp_path):
-    main([str(recipe), "--method", "lora"])
+    change_method(recipe, "lora")
+    main([str(recipe)])
     config = PeftConfig.from_pretrained(tmp_path / "out")
     assert type(config) is LoraConfig
     assert config.r == 4
@@ -210,7 +264,10 @@ def test_recipes_are_understood_and_use_data_that_is_here(path, tmp_path):
     arguments = (ModelArguments, DataArguments, AdapterArguments, TrainingArguments)
     _, data_args, adapter_args, args = parse_arguments(arguments, [str(path), "--use_cpu", "true"])
     assert (ROOT / data_args.dataset / "train.jsonl").exists()
-    assert adapter_args.config(["a", "b"]).r == 16
+    config = adapter_args.config(["a", "b"])
+    assert type(config) is {"quickstart": MoeLoraConfig, "lora_baseline": LoraConfig}.get(
+        path.stem, METHODS.get(path.stem)
+    )
     assert args.output_dir == f"outputs/{path.stem}"
     header = path.read_text().split("\n\n")[0]
     assert f"python scripts/train.py recipes/{path.name}" in header

@@ -19,10 +19,10 @@ from transformers import (
     default_data_collator,
 )
 
-from peft_moe import MoeLoraConfig
+from peft_moe import MedMoeLoraConfig, MoeLoraConfig, MoLoraConfig
 from peft_moe.data import encode, read_examples, read_task_info
 from peft_moe.evaluation import evaluate_tasks
-from peft_moe.training import TaskCollator, TaskEvaluation, score_with_trainer
+from peft_moe.training import RoutingCallback, TaskCollator, TaskEvaluation, is_collapsed, score_with_trainer
 
 TASKS = ["size", "leaf"]
 COLLATORS = {
@@ -204,3 +204,100 @@ def test_rows_reach_the_model_with_their_tasks_through_trl(tmp_path, data):
     trainer.train()
     assert len(seen) == 2
     assert set(torch.cat(seen).tolist()) == {0, 1}
+
+
+def make_token_routed(config_cls=MoLoraConfig, **changes) -> PeftModel:
+    torch.manual_seed(0)
+    fields = {"target_modules": "all-linear", "num_experts": 4, "tasks": TASKS, "balance_loss": "cv2"}
+    if config_cls is MoLoraConfig:
+        fields["router_bias"] = False  # inputs of so small a model are smaller than it
+    return get_peft_model(make_model("llama"), config_cls(task_type="CAUSAL_LM", **fields | changes))
+
+
+@pytest.mark.parametrize("config_cls", [MoLoraConfig, MedMoeLoraConfig])
+def test_routing_is_logged_by_layer_and_in_short_for_training_and_evaluation(tmp_path, data, config_cls):
+    rows = encode(read_examples(str(data)), make_tokenizer(), tasks=TASKS)
+    model = make_token_routed(config_cls)
+    arguments = {"max_steps": 4, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 4}
+    trainer = make_trainer(tmp_path, model, rows, TASKS, gradient_accumulation_steps=2, **arguments)
+    trainer.add_callback(RoutingCallback(trainer, per_layer=True))
+    trainer.train()
+    history = trainer.state.log_history
+    training = [entry for entry in history if "routing/entropy_after" in entry]
+    (evaluation,) = (entry for entry in history if "eval_routing/entropy_after" in entry)
+    assert [entry["step"] for entry in training] == [2, 4]
+    layer = "model.layers.1.mlp.down_proj"
+    experts = {MoLoraConfig: 4, MedMoeLoraConfig: 5}[config_cls]
+    for entry, prefix in [*((e, "routing") for e in training), (evaluation, "eval_routing")]:
+        loads = [entry[f"{prefix}/{layer}/load_{i}"] for i in range(experts)]
+        assert sum(loads) == pytest.approx(1, abs=1e-5)
+        assert f"{prefix}/{layer}/load_{experts}" not in entry
+        assert sum(entry[f"{prefix}/{layer}/top1_{i}"] for i in range(experts)) == pytest.approx(1, abs=1e-5)
+        assert sum(entry[f"{prefix}/{layer}/leaf/load_{i}"] for i in range(experts)) == pytest.approx(1, abs=1e-5)
+        assert entry[f"{prefix}/{layer}/entropy_after"] <= entry[f"{prefix}/{layer}/entropy_before"] + 1e-5
+        assert entry[f"{prefix}/balance/cv2"] >= 0
+        assert entry[f"{prefix}/largest_load"] >= max(loads)
+    assert not model.recording  # off again, and so free of cost
+    assert model.context.outside_scale == 1 / 2  # accumulation steps, for losses that are not the model's
+
+
+def test_the_summary_alone_is_a_few_numbers(tmp_path, data):
+    rows = encode(read_examples(str(data)), make_tokenizer(), tasks=TASKS)
+    trainer = make_trainer(tmp_path, make_token_routed(), rows, TASKS, logging_steps=1)
+    trainer.add_callback(RoutingCallback(trainer))
+    trainer.train()
+    names = {name for entry in trainer.state.log_history for name in entry if name.startswith("routing/")}
+    assert names == {
+        f"routing/{name}"
+        for name in (
+            "balance/cv2", "entropy_before", "entropy_after", "effective_experts", "effective_experts_min",
+            "largest_load", "dead_experts",
+        )
+    }  # fmt: skip
+
+
+def test_recording_does_not_change_what_is_trained(tmp_path, data):
+    rows = encode(read_examples(str(data)), make_tokenizer(), tasks=TASKS)
+    models = [make_token_routed(), make_token_routed()]
+    for model, recorded in zip(models, (True, False), strict=True):
+        trainer = make_trainer(tmp_path, model, rows, TASKS, learning_rate=0.01)
+        if recorded:
+            trainer.add_callback(RoutingCallback(trainer))
+        torch.manual_seed(0)
+        trainer.train()
+    for (name, first), second in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(first, second), name
+
+
+def test_a_collapsed_router_is_warned_of_once(tmp_path, data):
+    rows = encode(read_examples(str(data)), make_tokenizer(), tasks=TASKS)
+    model = make_token_routed(balance_loss="none", router_bias=True)
+    for _, router in model.routers():
+        router.gate.bias.data[:2] += 100  # two of four experts get every token
+    trainer = make_trainer(tmp_path, model, rows, TASKS, logging_steps=1)
+    trainer.add_callback(RoutingCallback(trainer))
+    with pytest.warns(UserWarning, match=r"collapsed in 6 of 6 routed layers.*balance_loss") as caught:
+        trainer.train()
+    assert sum("collapsed" in str(w.message) for w in caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("load", "chosen", "collapsed"),
+    [
+        ([0.5, 0.5, 0, 0], 2, True),  # all tokens choose the same two
+        ([0.4, 0.3, 0.2, 0.1], 2, False),
+        ([0.25] * 4, 4, False),  # dense
+        ([0.99, 0.01, 0, 0], 4, True),  # dense, and one gets everything
+        ([1.0, 0, 0, 0], 1, True),
+        ([0.5, 0.5], 2, False),  # top 2 of 2 is dense
+    ],
+)
+def test_collapse_is_as_few_experts_for_all_tokens_as_for_one(load, chosen, collapsed):
+    effective = torch.special.entr(torch.tensor(load)).sum().exp().item()
+    assert is_collapsed({"load": load, "chosen_per_token": chosen, "effective_experts": effective}) == collapsed
+
+
+def test_the_callback_refuses_a_model_whose_routers_do_not_look_at_tokens(tmp_path, data):
+    rows = encode(read_examples(str(data)), make_tokenizer(), tasks=TASKS)
+    with pytest.raises(ValueError, match=r"the trainer's model is a MoeLoraModel; use it with MoLoraConfig"):
+        RoutingCallback(make_trainer(tmp_path, make_moelora(), rows, TASKS))

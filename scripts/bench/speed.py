@@ -1,13 +1,18 @@
-"""Time of MOELoRA as a ratio to stock LoRA of the same rank on the same layers, in one process, interleaved.
+"""Time of a method as a ratio to stock LoRA of the same rank in each layer, in one process, interleaved.
 
     python scripts/bench/speed.py --output runs/speed.json
+    python scripts/bench/speed.py --method molora
+    python scripts/bench/speed.py --method medmoelora
+    python scripts/bench/speed.py --method recording --rounds 15
 
 Forward and backward of a training step, a prefill, and one decoded token, on SmolLM2-135M; medians over rounds, with
-the spread of the ratios between rounds. Rows of the batch have different tasks.
+the spread of the ratios between rounds. For moelora, rows of the batch have different tasks; molora and medmoelora are
+as their papers have them; recording is molora while its routing is recorded, against molora.
 """
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +20,11 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from peft_moe import MoeLoraConfig
+from peft_moe import MedMoeLoraConfig, MoeLoraConfig, MoLoraConfig
+from peft_moe.layer import MoeLinear
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,37 +34,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "speed.json")
     parser.add_argument("--model", default=str(ROOT / "models" / "SmolLM2-135M-Instruct"))
-    parser.add_argument("--r", type=int, default=64)
+    parser.add_argument("--method", choices=["moelora", "molora", "medmoelora", "recording"], default="moelora")
+    parser.add_argument("--r", type=int, default=64, help="total rank of moelora")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     results = {}
-    print("| | stock LoRA, ms | MOELoRA, ms | ratio | middle half of the ratios |\n|---|---|---|---|---|")
+    reference = "molora" if arguments.method == "recording" else "lora"
+    print(f"| | {reference}, ms | {arguments.method}, ms | ratio | middle half of the ratios |\n|---|---|---|---|---|")
     for dtype in (torch.float32, torch.bfloat16):
-        models = build(arguments.model, arguments.r, dtype)
+        models = build(arguments.model, arguments.method, arguments.r, dtype)
         for name, make in (("train", training_step), ("prefill", prefill), ("decode", decode)):
-            steps = {method: make(model, arguments.batch, arguments.seq) for method, model in models.items()}
+            steps = [make(model, arguments.batch, arguments.seq) for model in models]
             label = f"{name}, {dtype}".replace("torch.", "")
             r = results[label] = compare(steps, arguments.rounds)
             low, high = r["ratio_quartiles"]
-            times = f"{r['lora_ms']:.0f} | {r['moelora_ms']:.0f} | {r['ratio']:.2f} | {low:.2f} to {high:.2f}"
+            times = f"{r['reference_ms']:.0f} | {r['ms']:.0f} | {r['ratio']:.3f} | {low:.3f} to {high:.3f}"
             print(f"| {label} | {times} |", flush=True)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps({"settings": vars(arguments), "results": results}, default=str, indent=1))
 
 
-def build(base: str, r: int, dtype: torch.dtype) -> dict[str, PeftModel]:
-    """The two adapters on their own copies of the base."""
-    shared = {
-        "task_type": "CAUSAL_LM",
-        "r": r,
-        "lora_alpha": 2 * r,
-        "target_modules": "all-linear",
-        "lora_dropout": 0.0,
+def build(base: str, method: str, r: int, dtype: torch.dtype) -> list[PeftModel]:
+    """The reference and the method, each on its own copy of the base."""
+
+    def adapt(config: PeftConfig) -> PeftModel:
+        return get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), config)
+
+    shared = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", "lora_dropout": 0.0}
+    configs = {
+        "moelora": MoeLoraConfig(**shared, r=r, lora_alpha=2 * r, num_experts=8, tasks=8),
+        "molora": MoLoraConfig(**shared),
+        "medmoelora": MedMoeLoraConfig(**shared),
+        "recording": MoLoraConfig(**shared),
     }
-    configs = {"lora": LoraConfig(**shared), "moelora": MoeLoraConfig(**shared, num_experts=8, tasks=8)}
-    return {m: get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), c) for m, c in configs.items()}
+    model = adapt(configs[method])
+    if method == "recording":
+        model.record_routing()
+        return [adapt(MoLoraConfig(**shared)), model]
+    layers = [(key, layer) for key, layer in model.base_model.model.named_modules() if isinstance(layer, MoeLinear)]
+    ranks = {re.escape(key): sum(layer.moelora_bank["default"].ranks) for key, layer in layers}
+    return [adapt(LoraConfig(**shared, rank_pattern=ranks, alpha_pattern={k: 2 * r for k, r in ranks.items()})), model]
 
 
 def inputs_for(model: PeftModel, batch: int, seq: int) -> dict[str, torch.Tensor]:
@@ -105,20 +122,23 @@ def decode(model: PeftModel, batch: int, seq: int) -> Callable[[], None]:
     return step
 
 
-def compare(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, Any]:
-    """Time the steps in turns, after one untimed round."""
-    times: dict[str, list[float]] = {method: [] for method in steps}
+def compare(steps: list[Callable[[], None]], rounds: int) -> dict[str, Any]:
+    """Time the reference and the method in turns, after one untimed round."""
+    times: list[list[float]] = [[], []]
     for turn in range(rounds + 1):
-        order = list(steps) if turn % 2 else list(reversed(steps))
-        for method in order:
+        for which in (0, 1) if turn % 2 else (1, 0):
             start = time.perf_counter()
-            steps[method]()
+            steps[which]()
             if turn:
-                times[method].append(1e3 * (time.perf_counter() - start))
-    ratios = [m / stock for m, stock in zip(times["moelora"], times["lora"], strict=True)]
+                times[which].append(1e3 * (time.perf_counter() - start))
+    ratios = [ours / reference for reference, ours in zip(*times, strict=True)]
     low, _, high = quantiles(ratios, n=4)
-    medians = {f"{method}_ms": median(values) for method, values in times.items()}
-    return medians | {"ratio": median(ratios), "ratio_quartiles": [low, high]}
+    return {
+        "reference_ms": median(times[0]),
+        "ms": median(times[1]),
+        "ratio": median(ratios),
+        "ratio_quartiles": [low, high],
+    }
 
 
 if __name__ == "__main__":

@@ -141,6 +141,11 @@ class MoeConfig(PeftConfig):
         """Names of the tasks by id; none where the adapter knows no tasks."""
         return []
 
+    @property
+    def needs_tasks(self) -> bool:
+        """Whether a call has to have a task, which then is one of `task_names`."""
+        return False
+
     def _scaling(self, key: str, rank: int, default_alpha: float | None = None) -> float:
         alpha = self.at(self.alpha_pattern, key, self.lora_alpha if default_alpha is None else default_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank

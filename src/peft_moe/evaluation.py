@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.logging import tqdm
 
+from .config import MoeConfig
 from .data import TaskInfo, check_tasks, task_key, tokenize
 from .metrics import load_metric
 
@@ -49,10 +50,7 @@ def generate_answers(
     """
     if not len(examples):
         return []
-    # Only the configs of adapters that are routed by task have names of tasks.
-    tasks = getattr(model.active_peft_config, "task_names", None) if isinstance(model, PeftModel) else None
-    if tasks is not None:
-        check_tasks(examples, tasks)
+    tasks = _tasks_to_tell(model, examples)
     pairs = [tokenize(messages, tokenizer) for messages in examples["messages"]]
     prompts = [torch.tensor(prompt) for prompt, _ in pairs]
     options = {"do_sample": False, "max_new_tokens": max_new_tokens} | _special_ids(model, tokenizer, pairs[0][1][-1])
@@ -64,7 +62,7 @@ def generate_answers(
         for start in tqdm(range(0, len(order), batch_size), desc="Answering", disable=not progress):
             rows = order[start : start + batch_size]
             batch = _left_padded([prompts[row] for row in rows], options["pad_token_id"], model.device)
-            if tasks is not None:
+            if tasks:
                 batch["task_ids"] = [examples[row]["task"] for row in rows]
             # Causal models have generate; their base class does not say so.
             generated = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]  # type: ignore[operator]
@@ -73,6 +71,20 @@ def generate_answers(
     finally:
         model.train(training)
     return answers
+
+
+def _tasks_to_tell(model: PreTrainedModel | PeftModelForCausalLM, examples: Dataset) -> list[str]:
+    """The names of tasks that an adapter is told; where they are mere labels, rows may also have others."""
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    if not isinstance(config, MoeConfig) or not config.task_names:
+        return []
+    try:
+        check_tasks(examples, config.task_names)
+    except ValueError:
+        if config.needs_tasks:
+            raise
+        return []
+    return config.task_names
 
 
 def score(predictions: Sequence[str], examples: Dataset, info: Mapping[str, TaskInfo]) -> Results:

@@ -69,6 +69,11 @@ class MoeLoraConfig(MoeConfig):
         """Names of the tasks by id; `"0"`, `"1"`, … where only their number is known."""
         return names_of(self.tasks)
 
+    @property
+    def needs_tasks(self) -> bool:
+        """Whether a call has to have a task: the experts are chosen by it."""
+        return True
+
     def experts_at(self, key: str) -> Experts:
         r = int(self.at(self.rank_pattern, key, self.r))
         n = int(self.at(self.num_experts_pattern, key, self.num_experts))

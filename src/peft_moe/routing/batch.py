@@ -43,7 +43,8 @@ class Batch:
         if self.tokens is not None and x.shape[:-1] == (self.rows * self.tokens,):  # OPT flattens (n, s)
             shape = torch.Size((self.rows, self.tokens))
         else:
-            shape = torch.Size((x.shape[0], x.shape[1:-1].numel()))
+            rows = x.shape[0] if x.dim() > 1 else 1
+            shape = torch.Size((rows, x.shape[1:-1].numel()))
         mask = self.decoder_mask if in_decoder else self.mask
         if mask is None or mask.shape[1] < shape[1] or shape[0] % mask.shape[0]:
             return shape, None

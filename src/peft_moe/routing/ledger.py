@@ -71,6 +71,7 @@ class Ledger:
         if torch.compiler.is_compiling():
             total = self.total()
             nothing = total - total.detach()  # 0 with a gradient
+            self.charged = {account: [t.detach() for t in terms] for account, terms in self.charged.items()}
             return (
                 None if loss is None else loss + (nothing * share).to(loss.dtype),
                 None if log_probs is None else log_probs - (nothing * labelled).to(log_probs.dtype),

@@ -137,7 +137,7 @@ class TokenRouter(nn.Module):
         matches = None
         if self.matches is not None and view.ids is not None:
             matches = _spread(self._matches_of(view.ids), shape[0])
-        return Routed(scores.view(*shape, -1), weights.view(*shape, -1), mask, matches, self.num_base)
+        return Routed(scores.reshape(*shape, -1), weights.reshape(*shape, -1), mask, matches, self.num_base)
 
     def _matches_of(self, ids: torch.Tensor) -> torch.Tensor:
         """(n, E): the experts that are meant for one of a row's tasks (n,) or (n, k)."""

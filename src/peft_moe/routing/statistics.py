@@ -28,7 +28,9 @@ class RoutingStatistics:
 
     def __init__(self, num_experts: int, terms: Sequence[str] = (), tasks: Sequence[str] = ()) -> None:
         self.num_experts, self.terms, self.tasks = num_experts, tuple(terms), tuple(tasks)
-        self.sums: torch.Tensor | None = None  # one vector, so that it is added, reduced and read at once
+        # one vector, so that it is added, reduced over processes and read at once
+        self.sums: torch.Tensor | None = None
+        self.length = 3 * num_experts + 4 + len(self.terms) + len(self.tasks) * (num_experts + 1)
 
     @torch.no_grad()
     def add(self, routed: Routed, terms: Mapping[str, torch.Tensor], ids: torch.Tensor | None) -> None:
