@@ -123,7 +123,7 @@ def test_the_values_of_balance_losses_are_as_their_table_says():
 def test_loaders_of_transformers_take_token_routed_adapters(config_cls, tmp_path):
     base = make_model("llama")
     base.save_pretrained(tmp_path / "base")
-    make_tokenizer().save_pretrained(tmp_path / "adapter")
+    make_tokenizer().save_pretrained(tmp_path / "base")  # where pipeline looks for it
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     config = config_cls(task_type="CAUSAL_LM", num_experts=4, init_lora_weights=False)
     model = get_peft_model(base, config).eval()

@@ -6,7 +6,7 @@ Shapes: ... any leading axes · E experts · r_i rank of expert i · R = sum of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -44,17 +44,23 @@ class ExpertBank(nn.Module):
         super().__init__()
         self.ranks = tuple(ranks)
         self.num_anchored, self.anchor_coefficient = num_anchored, anchor_coefficient
-        factors = (scaling,) * len(ranks) if isinstance(scaling, (int, float)) else tuple(scaling)
-        if len(set(factors)) == 1:
-            self.scaling = factors[0]
+        self._factors = (scaling,) * len(ranks) if isinstance(scaling, (int, float)) else tuple(scaling)
+        if len(set(self._factors)) == 1:
+            self.scaling = self._factors[0]
         else:
-            self.register_buffer("scaling", torch.tensor(factors), persistent=False)
+            self.register_buffer("scaling", torch.tensor(self._factors), persistent=False)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.lora_A = nn.Linear(in_features, sum(ranks), bias=False)
         self.lora_B = nn.Linear(sum(ranks), out_features, bias=False)
         mixed = len(set(ranks)) > 1
         index = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)) if mixed else None
         self.register_buffer("expert_of_rank", index, persistent=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ExpertBank:
+        super()._apply(fn, recurse)
+        if isinstance(self.scaling, torch.Tensor):  # exact again after .to(bfloat16), which casts buffers too
+            self.scaling = torch.tensor(self._factors, device=self.scaling.device)
+        return self
 
     @torch.no_grad()
     def reset_parameters(self, init: bool | str) -> None:
@@ -103,9 +109,8 @@ class ExpertBank(nn.Module):
         ranks = self.ranks[: self.num_anchored]
         a = self.lora_A.weight[: sum(ranks)].float().split(ranks)
         b = self.lora_B.weight[:, : sum(ranks)].float().split(ranks, dim=1)
-        factors = self.scaling if isinstance(self.scaling, torch.Tensor) else [self.scaling] * len(ranks)
         # tr(AᵀBᵀBA) in rank space, without the (out, in) product
-        experts = zip(factors, a, b, strict=False)  # factors are of all experts
+        experts = zip(self._factors, a, b, strict=False)  # factors are of all experts
         return torch.stack([s**2 * ((b_i.T @ b_i) * (a_i @ a_i.T)).sum() for s, a_i, b_i in experts]).sum()
 
     def folded(self, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
