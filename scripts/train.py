@@ -30,7 +30,7 @@ from transformers import (
 
 from peft_moe import MedMoeLoraConfig, MoeConfig, MoeLoraConfig, MoLoraConfig, TokenRoutedConfig
 from peft_moe.arguments import parse_arguments
-from peft_moe.card import TAGS, model_card
+from peft_moe.card import model_card, tags_of
 from peft_moe.data import TaskInfo, encode, mix, read_examples, read_task_info, take_per_task
 from peft_moe.evaluation import table
 from peft_moe.training import RoutingCallback, TaskCollator, TaskEvaluation, score_with_trainer
@@ -203,7 +203,7 @@ def load_model(model_args: ModelArguments, config: PeftConfig) -> tuple[PeftMode
         tokenizer.pad_token = tokenizer.eos_token
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     base = AutoModelForCausalLM.from_pretrained(**source, **options)
-    base.add_model_tags(["lora"] if isinstance(config, LoraConfig) else list(TAGS))  # peft puts these on every card
+    base.add_model_tags(tags_of(config))  # peft puts these on every card
     return get_peft_model(base, config), tokenizer
 
 

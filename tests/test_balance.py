@@ -242,8 +242,7 @@ def only_routers(gradients):
 WAYS = ["loop", "trainer", "sft"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize(("steps", "kind"), [(1, "molora"), (2, "molora"), (4, "molora"), (2, "medmoe")])
 @pytest.mark.parametrize("how", WAYS)
 def test_repeats_of_one_micro_batch_add_up_to_its_own_gradient(how, steps, kind, tmp_path):
     inputs = padded_inputs()
@@ -291,19 +290,21 @@ def test_a_loop_that_takes_the_mean_over_micro_batches_weighs_them_evenly(tmp_pa
     assert_same(gradients, weighted(batches, [1 / 2, 1 / 2]))
 
 
-CHECKPOINTED = [(how, name) for how in WAYS for name in ("llama", "gpt2", "t5") if (how, name) != ("sft", "t5")]
+CHECKPOINTED = [
+    ("loop", "llama"), ("loop", "gpt2"), ("loop", "opt"), ("loop", "bert"), ("loop", "t5"),
+    ("trainer", "llama"), ("trainer", "t5"), ("sft", "llama"), ("sft", "gpt2"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize(("how", "name"), CHECKPOINTED)
 def test_checkpointing_changes_no_gradient(how, name, use_reentrant, tmp_path):
     """With B other than 0, so that gradients of banks are compared too."""
-    inputs = [padded_inputs(name, seed=seed) for seed in (1, 2)]
+    inputs = padded_inputs(name)
     settings = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
-    plain, again = (
-        train_a_step(how, make(name, init_lora_weights=False), inputs, tmp_path, **more) for more in ({}, settings)
-    )
-    assert_same(again, plain)
+    plain, again = make(name, init_lora_weights=False), make(name, init_lora_weights=False)
+    plain(**inputs).loss.backward()
+    assert_same(train_a_step(how, again, [inputs] * 2, tmp_path, **settings), adapter_gradients(plain))
 
 
 @pytest.mark.parametrize("use_reentrant", [None, True, False])
@@ -342,8 +343,8 @@ def test_a_loss_scaler_scales_the_balance_loss_with_the_task_loss():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_compiled_model_has_no_graph_breaks_and_the_same_gradients(kind):
-    inputs = padded_inputs()
-    eager, compiled = (make(kind=kind, init_lora_weights=False) for _ in range(2))
+    inputs, fields = padded_inputs(), {"init_lora_weights": False, "target_modules": ["gate_proj"]}  # few, for speed
+    eager, compiled = make(kind=kind, **fields), make(kind=kind, **fields)
     loss = eager(**inputs).loss
     loss.backward()
     same = torch.compile(compiled, backend="aot_eager", fullgraph=True)(**inputs).loss
@@ -381,8 +382,8 @@ def run_rank(rank, port, folder):
         found["ddp", find_unused] = adapter_gradients(model)
     batches, _ = uneven_batches()
     for how in ("trainer", "sft"):
-        found[how] = only_routers(train_a_step(how, make(), batches, folder, world=WORLD))
-        found[how, 2] = only_routers(train_a_step(how, make(), [*batches, *batches], folder, world=WORLD))
+        repeats = [*batches, *batches]  # two micro-batches on each rank
+        found[how] = only_routers(train_a_step(how, make(), repeats, folder, world=WORLD))
     torch.distributed.barrier()
     if rank == 0:
         torch.save(found, folder / "found.pt")
@@ -411,9 +412,7 @@ def test_under_ddp_the_gradient_is_the_mean_of_the_ranks_own(two_processes, find
 @pytest.mark.parametrize("how", ["trainer", "sft"])
 def test_trainers_weigh_a_rank_by_its_share_of_the_steps_label_tokens(two_processes, how):
     batches, shares = uneven_batches()
-    expected = weighted(batches, shares)
-    assert_same(two_processes[how], expected)
-    assert_same(two_processes[how, 2], expected)  # the same with two micro-batches on each rank
+    assert_same(two_processes[how], weighted(batches, shares))
 
 
 # padding
@@ -668,13 +667,12 @@ def test_the_localized_loss_needs_labels_in_training_and_only_there(case):
     model.generate(**prompt, max_new_tokens=2, pad_token_id=0)
 
 
-@pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("how", ["trainer", "sft"])
 @pytest.mark.parametrize("case", LABELLED)
-def test_labels_reach_the_localized_loss_through_a_task_collator(case, how, steps, tmp_path):
+def test_labels_reach_the_localized_loss_through_a_task_collator(case, how, tmp_path):
     inputs = padded_inputs()
     model = make(kind=case.split("-")[0], **LABELLED[case][0])
-    batches, collator = [inputs | {"task_ids": IDS}] * steps, TaskCollator(default_data_collator)
+    batches, collator = [inputs | {"task_ids": IDS}] * 2, TaskCollator(default_data_collator)
     gradients = train_a_step(how, model, batches, tmp_path, collator=collator)
     assert_same(only_routers(gradients), localized_gradients(case, inputs))
 
@@ -683,15 +681,14 @@ REGULARIZED = {"base_expert_mode": "regularized", "base_coefficient": 3.0, "bala
 HOWS = [("loop", None), *((how, use_reentrant) for how in WAYS for use_reentrant in (True, False))]
 
 
-@pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize(("how", "use_reentrant"), HOWS)
-def test_the_anchor_of_a_base_expert_reaches_the_gradient_of_its_matrices(how, use_reentrant, steps, tmp_path):
+def test_the_anchor_of_a_base_expert_reaches_the_gradient_of_its_matrices(how, use_reentrant, tmp_path):
     """`c · mean over layers of ‖ΔW_base‖²` by the explicit product; B is not 0, since there its gradient is 0."""
     inputs = padded_inputs()
     again = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
     settings = {} if use_reentrant is None else again
     model = make(kind="medmoe", init_lora_weights=False, **REGULARIZED)
-    found = train_a_step(how, model, [inputs] * steps, tmp_path, **settings)
+    found = train_a_step(how, model, [inputs] * 2, tmp_path, **settings)
     free = make(kind="medmoe", init_lora_weights=False, **{**REGULARIZED, "base_coefficient": 0.0})
     anchors = []
     for layer in routed_layers(free):
@@ -713,11 +710,11 @@ def test_the_anchor_of_a_base_expert_reaches_the_gradient_of_its_matrices(how, u
 # and it trains
 
 
-@pytest.mark.parametrize("balance_loss", ["none", "variance"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["trainer", "sft"])
-def test_training_moves_every_parameter_of_every_router(how, kind, balance_loss, tmp_path):
-    model = make(kind=kind, init_lora_weights=False, balance_loss=balance_loss)
+def test_training_moves_every_parameter_of_every_router(how, kind, tmp_path):
+    """By the task loss alone: in MING's code routers stay frozen unless the script thaws them."""
+    model = make(kind=kind, init_lora_weights=False, balance_loss="none")
     before = {name: p.clone() for name, p in model.named_parameters()}
     train_a_step(how, model, [padded_inputs()], tmp_path)
     routers = {name for name in before if "moelora_router" in name}

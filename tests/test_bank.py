@@ -74,3 +74,66 @@ def test_dropout_is_one_mask_for_all_experts():
     h = bank.lora_A(bank.dropout(torch.ones(2, 64)))
     assert torch.equal(h[:, :64], h[:, 64:])
     assert 0 < (h == 0).float().mean() < 1
+
+
+ANCHORED = [  # ranks, factors, how many experts are anchored
+    ((2, 2, 2), 0.75, 1),
+    ((2, 3, 1), (0.5, 2.0, 3.0), 2),
+    ((3, 1, 4), (1.5, 0.5, 2.0), 3),
+    ((3, 1, 4), 1.5, 1),
+]
+
+
+@pytest.mark.parametrize(("ranks", "scaling", "anchored"), ANCHORED)
+def test_the_anchor_loss_is_the_squared_size_of_the_anchored_products_in_value_and_gradient(ranks, scaling, anchored):
+    torch.manual_seed(0)
+    sizes = {"in_features": 5, "out_features": 6, "ranks": ranks, "scaling": scaling}
+    bank = ExpertBank(**sizes, num_anchored=anchored, anchor_coefficient=1.0)
+    bank.reset_parameters(False)
+    a, b = (w.detach().double().requires_grad_() for w in (bank.lora_A.weight, bank.lora_B.weight))
+    factors = [scaling] * len(ranks) if isinstance(scaling, float) else scaling
+    expected, start = 0, 0
+    for i, r in enumerate(ranks[:anchored]):
+        product = factors[i] * b[:, start : start + r] @ a[start : start + r]
+        expected = expected + sum(value**2 for value in product.flatten())
+        start += r
+    loss = bank.anchor_loss()
+    torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=0)
+    ours = torch.autograd.grad(loss, (bank.lora_A.weight, bank.lora_B.weight))
+    for mine, theirs in zip(ours, torch.autograd.grad(expected, (a, b)), strict=True):
+        torch.testing.assert_close(mine, theirs.float(), rtol=1e-5, atol=1e-6)
+        assert mine.count_nonzero() == theirs.count_nonzero() > 0
+    assert ours[0][start:].abs().sum() == ours[1][:, start:].abs().sum() == 0  # the others are left alone
+
+
+def test_the_anchor_loss_is_a_float32_number_under_autocast_and_in_half_precision():
+    bank = ExpertBank(
+        in_features=64, out_features=64, ranks=(4, 4), scaling=1.3, num_anchored=1, anchor_coefficient=1.0
+    )
+    torch.manual_seed(0)
+    bank.reset_parameters(False)
+    exact = bank.anchor_loss()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(bank.anchor_loss(), exact)
+    half = bank.bfloat16().anchor_loss()
+    assert half.dtype == torch.float32
+    assert torch.equal(half, bank.float().anchor_loss())
+
+
+def test_the_anchor_loss_of_experts_that_add_nothing_is_zero():
+    bank = ExpertBank(in_features=5, out_features=6, ranks=(2, 2), scaling=2.0, num_anchored=1, anchor_coefficient=1.0)
+    bank.reset_parameters("normal")
+    assert bank.anchor_loss() == 0
+
+
+def test_experts_with_factors_of_their_own_are_weighed_by_them():
+    torch.manual_seed(0)
+    factors = (0.5, 2.0, 4.0)  # exact in float32
+    bank = ExpertBank(in_features=5, out_features=6, ranks=(1, 4, 2), scaling=factors).double()
+    bank.reset_parameters(False)
+    x, weights = torch.randn(7, 5, dtype=torch.double), torch.rand(7, 3, dtype=torch.double)
+    same = ExpertBank(in_features=5, out_features=6, ranks=(1, 4, 2), scaling=1.0).double()
+    same.load_state_dict(bank.state_dict())
+    expected = loop_over_experts(same, x, weights * torch.tensor(factors))
+    torch.testing.assert_close(bank(x, weights), expected)
+    assert bank.state_dict().keys() == {"lora_A.weight", "lora_B.weight"}  # factors come from the config

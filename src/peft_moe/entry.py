@@ -84,9 +84,8 @@ class Entry:
 
     def _masks(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, torch.Tensor | None]:
         if len(args) > 1:
-            kwargs = (
-                inspect.signature(getattr(type(self.owner), self.method)).bind(self.owner, *args, **kwargs).arguments
-            )
+            signature = inspect.signature(getattr(type(self.owner), self.method))
+            kwargs = kwargs | signature.bind(self.owner, *args, **kwargs).arguments
         mask, decoder_mask = kwargs.get("attention_mask"), kwargs.get("decoder_attention_mask")
         labels = kwargs.get("labels")
         if decoder_mask is None and self.tuner.is_encoder_decoder and kwargs.get("decoder_input_ids") is None:

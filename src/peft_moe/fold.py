@@ -162,7 +162,8 @@ def _read(
 def _check(config: PeftConfig, source: object) -> MoeLoraConfig:
     if not isinstance(config, MoeLoraConfig):
         raise ValueError(
-            f"{str(source)!r} is a {config.peft_type} adapter; fold takes MOELORA adapters, which have tasks."
+            f"{str(source)!r} is a {getattr(config.peft_type, 'value', config.peft_type)} adapter; fold takes MOELORA "
+            "adapters, whose experts depend on the task alone."
         )
     return config
 

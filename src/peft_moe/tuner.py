@@ -263,8 +263,8 @@ def warn_of_base_experts(model: nn.Module) -> None:
     ]
     if fused:
         warnings.warn(
-            "The base model has experts of its own whose weights are fused parameters and no linear layers, in "
-            f"{len(fused)} modules such as {fused[0]!r}. They are not adapted, only the linear layers beside them "
+            "The base model has experts of its own whose weights are fused parameters and no linear layers, such "
+            f"as {fused[0]!r}. They are not adapted, only the linear layers beside them "
             "are; to put LoRA on them, use peft's LoraConfig(target_parameters=[...]).",
             UserWarning,
             stacklevel=2,

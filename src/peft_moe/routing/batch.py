@@ -50,7 +50,7 @@ class Batch:
             return shape, None
         if mask.shape[1] > shape[1] and (in_decoder or shape[1] != self.tokens):
             return shape, None
-        mask = mask[:, -shape[1] :]  # with a cache, the mask covers earlier tokens too
+        mask = mask[:, -shape[1] :].to(x.device)  # with a cache, the mask covers earlier tokens too
         return shape, mask.repeat_interleave(shape[0] // mask.shape[0], dim=0)
 
 

@@ -291,8 +291,17 @@ class RoutingContext:
             )
 
     def warn_of_outside_loss(self) -> None:
-        """Say once that a loss which is not the model's own does not show how much a micro-batch weighs in it."""
-        if self.outside_scale is None and not torch.compiler.is_compiling():
+        """Say once that a loss which is not the model's own does not show how much a micro-batch weighs in it.
+
+        Raises:
+            RuntimeError: the call is being compiled, where a balance loss can only be added to a loss.
+        """
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "A compiled model adds its balance loss to the loss it returns, and this call returns none; pass "
+                "labels, set balance_loss='none', or do not compile."
+            )
+        if self.outside_scale is None:
             self.outside_scale = 1.0
             warnings.warn(
                 "The model returned no loss, so its balance loss is added to each backward with weight 1; with "

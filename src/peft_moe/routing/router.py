@@ -6,7 +6,7 @@ Shapes: n rows · s tokens · E experts · in features
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -141,8 +141,9 @@ class TokenRouter(nn.Module):
 
     def _matches_of(self, ids: torch.Tensor) -> torch.Tensor:
         """(n, E): the experts that are meant for one of a row's tasks (n,) or (n, k)."""
-        ids = ids.reshape(len(ids), -1)
-        return (self.matches[ids.clamp_min(0)] & (ids >= 0).unsqueeze(-1)).any(1)  # type: ignore[index]
+        matches = cast(torch.Tensor, self.matches)
+        ids = ids.to(matches.device).reshape(len(ids), -1)
+        return (matches[ids.clamp_min(0)] & (ids >= 0).unsqueeze(-1)).any(1)
 
 
 Router = TaskRouter | TokenRouter
