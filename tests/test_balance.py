@@ -296,15 +296,19 @@ CHECKPOINTED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize(("how", "name"), CHECKPOINTED)
-def test_checkpointing_changes_no_gradient(how, name, use_reentrant, tmp_path):
+def test_checkpointing_of_either_kind_changes_no_gradient(how, name, tmp_path):
     """With B other than 0, so that gradients of banks are compared too."""
     inputs = padded_inputs(name)
-    settings = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
-    plain, again = make(name, init_lora_weights=False), make(name, init_lora_weights=False)
-    plain(**inputs).loss.backward()
-    assert_same(train_a_step(how, again, [inputs] * 2, tmp_path, **settings), adapter_gradients(plain))
+    settings = [{}]
+    for reentrant in (True, False):
+        kind = {"use_reentrant": reentrant}
+        settings.append({"activation_checkpointing": True, "activation_checkpointing_kwargs": kind})
+    plain, *again = (
+        train_a_step(how, make(name, init_lora_weights=False), [inputs] * 2, tmp_path, **more) for more in settings
+    )
+    for gradients in again:
+        assert_same(gradients, plain)
 
 
 @pytest.mark.parametrize("use_reentrant", [None, True, False])
@@ -341,16 +345,41 @@ def test_a_loss_scaler_scales_the_balance_loss_with_the_task_loss():
     assert_same({key: grad / 1024 for key, grad in adapter_gradients(scaled).items()}, adapter_gradients(model))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_compiled_model_has_no_graph_breaks_and_the_same_gradients(kind):
-    inputs, fields = padded_inputs(), {"init_lora_weights": False, "target_modules": ["gate_proj"]}  # few, for speed
-    eager, compiled = make(kind=kind, **fields), make(kind=kind, **fields)
+def compile_whole(model):
+    return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+
+def compile_blocks(model):
+    """As accelerate's regional compilation does."""
+    for block in model.get_base_model().model.layers:
+        block.compile(backend="aot_eager", fullgraph=True)
+    return model
+
+
+COMPILED = [("molora", compile_whole), ("medmoe", compile_whole), ("molora", compile_blocks)]
+FEW = {"init_lora_weights": False, "target_modules": ["gate_proj"]}  # compiling takes seconds
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch looks at it itself
+@pytest.mark.parametrize(("kind", "compiled"), COMPILED)
+def test_a_compiled_model_has_no_graph_breaks_and_the_same_gradients(kind, compiled):
+    inputs = padded_inputs()
+    eager, model = make(kind=kind, **FEW), make(kind=kind, **FEW)
     loss = eager(**inputs).loss
     loss.backward()
-    same = torch.compile(compiled, backend="aot_eager", fullgraph=True)(**inputs).loss
-    same.backward()
+    same = compiled(model)(**inputs).loss
     torch.testing.assert_close(same, loss)
-    assert_same(adapter_gradients(compiled), adapter_gradients(eager))
+    same.backward()
+    assert_same(adapter_gradients(model), adapter_gradients(eager))
+    torch.testing.assert_close(model.balance_loss, eager.balance_loss)
+    assert not model.balance_loss.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch looks at it itself
+def test_compiled_blocks_refuse_a_loss_that_is_computed_outside():
+    model = compile_blocks(make(**FEW))
+    with pytest.raises(RuntimeError, match="adds its balance loss to the loss it returns, and this call returns none"):
+        loss_of_logits(model, padded_inputs())
 
 
 # two processes

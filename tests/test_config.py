@@ -149,8 +149,8 @@ REFUSED_BY_MOLORA = [
     ({"num_shared_experts": -1}, r"num_shared_experts=-1 is a number of experts; give a number from 0 up"),
     ({"num_shared_experts": 1.0}, r"num_shared_experts=1\.0 is a number of experts; give 0 or more"),
     ({"num_shared_experts": True}, r"num_shared_experts=True"),
-    ({"balance_loss": "switch", "top_k": 8}, r"top_k=8 of num_experts=8 chooses all.*use 'variance' or 'cv2', or a sm"),
-    ({"balance_loss": {"switch": 0.1}, "num_experts": 2}, r"top_k=2 of num_experts=2 chooses all"),
+    ({"balance_loss": "switch", "top_k": 8}, r"top_k=8 of 8 experts chooses all.*use 'variance' or 'cv2', or a sm"),
+    ({"balance_loss": {"switch": 0.1}, "num_experts": 2}, r"top_k=2 of 2 experts chooses all"),
 ]
 REFUSED_BY_MEDMOE = [
     ({"expert_schedule": "linear"}, r"expert_schedule='linear': this shape is not known"),
@@ -202,7 +202,7 @@ def test_moelora_refuses_an_alpha_of_none_too():
 
 
 def test_defaults_of_molora_are_those_of_the_paper():
-    """methods.md, A2.1, A2.3 and D.6: 8 experts of rank 16, 2 per token, alpha 32, a bias, no balance loss."""
+    """MING-MOE and its training script: 8 experts of rank 16, 2 per token, alpha 32, a bias, no balance loss."""
     config = MoLoraConfig()
     assert (config.r, config.num_experts, config.top_k, config.lora_alpha, config.lora_dropout) == (16, 8, 2, 32, 0.05)
     assert (config.router_bias, config.router_jitter, config.num_shared_experts, config.top_p) == (True, 0, 0, None)
@@ -212,7 +212,7 @@ def test_defaults_of_molora_are_those_of_the_paper():
 
 
 def test_defaults_of_medmoelora_are_those_of_the_paper_or_say_that_they_are_ours():
-    """methods.md, A3.1, A3.2, A3.6 and D.6; the weight of the loss, γ and τ at the start are not in the paper."""
+    """Med-MoE-LoRA as far as it states them; the weight of the loss, γ and τ at the start are not in the paper."""
     config = MedMoeLoraConfig()
     assert (config.expert_ranks, config.lora_alpha, config.lora_dropout) == ([8, 16, 32], None, 0.05)
     assert (config.num_base_experts, config.base_expert_mode, config.inference_top_k) == (1, "frozen", None)
@@ -309,7 +309,7 @@ def test_a_token_routed_config_round_trips_through_its_file(config, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "top_k=1.*without a balance_loss it stays as it was drawn"),
+        ({}, "top_k=1.*it stays as it was drawn"),
         ({"balance_loss": "switch"}, "top_k=1.*only the balance loss trains it"),
     ],
 )

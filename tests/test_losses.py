@@ -216,7 +216,7 @@ def test_the_least_localized_loss_gives_matching_experts_more(delta):
 
 
 def test_localized_without_difference_between_groups_is_cv2_of_the_rows():
-    """δ = 0 and one row: LoRAMoE without labels (methods.md, A3.5)."""
+    """δ = 0 and one row: LoRAMoE without labels."""
     routed = make_routed()
     row = routed._replace(scores=routed.scores[:1], weights=routed.weights[:1], matches=routed.matches[:1])
     torch.testing.assert_close(localized(row, delta=0), cv2(row))

@@ -427,7 +427,7 @@ def test_a_regularized_base_expert_has_the_squared_size_of_its_product_in_the_lo
 
 
 def test_the_recipe_of_ming_moe_has_its_number_of_parameters():
-    """77.7 million for Qwen1.5-1.8B (methods.md, A2.1): one of its 24 equal layers, 24 times."""
+    """77.7 million for Qwen1.5-1.8B (its recipe, counted by hand): one of its 24 equal layers, 24 times."""
     sizes = {"hidden_size": 2048, "intermediate_size": 5504, "num_attention_heads": 16, "num_key_value_heads": 16}
     config = Qwen2Config(vocab_size=8, num_hidden_layers=1, **sizes)
     with torch.device("meta"):

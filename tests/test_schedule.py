@@ -8,7 +8,7 @@ from tiny_models import make_model
 
 from peft_moe.schedule import SHAPES, bands, check_schedule, experts_per_layer, layer_of, power_law, stacks
 
-# Med-MoE-LoRA's eq. 2 for N_min = 2, N_max = 8, L = 32: the reference lists of methods.md, A3.4.
+# Med-MoE-LoRA's eq. 2 for N_min = 2, N_max = 8, L = 32, worked out by hand.
 REFERENCE = {
     1: [2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 4, 4, 4, 4, 4, 5, 5, 5, 5, 5, 5, 6, 6, 6, 6, 6, 7, 7, 7, 7, 7, 8],
     2: [2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 7, 7, 8],

@@ -111,7 +111,8 @@ class ExpertBank(nn.Module):
         b = self.lora_B.weight[:, : sum(ranks)].float().split(ranks, dim=1)
         # tr(AᵀBᵀBA) in rank space, without the (out, in) product
         experts = zip(self._factors, a, b, strict=False)  # factors are of all experts
-        return torch.stack([s**2 * ((b_i.T @ b_i) * (a_i @ a_i.T)).sum() for s, a_i, b_i in experts]).sum()
+        with torch.autocast(self.lora_A.weight.device.type, enabled=False):
+            return torch.stack([s**2 * ((b_i.T @ b_i) * (a_i @ a_i.T)).sum() for s, a_i, b_i in experts]).sum()
 
     def folded(self, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The bank under fixed weights (E,) as one LoRA of rank R and scaling 1: A (R, in), B (out, R)."""

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
@@ -61,6 +61,8 @@ class MoeConfig(PeftConfig):
         remedy.
     """
 
+    alpha_by_rank: ClassVar[bool] = False  # whether lora_alpha may be None, for one that follows each expert's rank
+
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
@@ -113,7 +115,7 @@ class MoeConfig(PeftConfig):
                 f"lora_dropout={self.lora_dropout!r} is a probability; give a number from 0 up to, not including, 1."
             )
         for name, alpha in [
-            *([("lora_alpha", self.lora_alpha)] if self.lora_alpha is not None else []),
+            *([("lora_alpha", self.lora_alpha)] if self.lora_alpha is not None or not self.alpha_by_rank else []),
             *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
         ]:
             if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:

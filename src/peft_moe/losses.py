@@ -22,7 +22,7 @@ class Routed(NamedTuple):
         weights: (n, s, E) after selection: zero for experts that a token does not get.
         mask: (n, s), true for tokens that count; None if all do.
         matches: (n, E), true where an expert is meant for the row's group; None without labels.
-        num_base: how many of the first experts are base experts, which are not balanced.
+        num_base: how many of the first experts are base experts, which `variance` and `cv2` leave out.
     """
 
     scores: torch.Tensor
@@ -68,10 +68,11 @@ def localized(routed: Routed, *, delta: float) -> torch.Tensor:
     """`cv²(I ∘ Q)`: balanced within the experts of a row's group, which are to get more than the others.
 
     Q (n, E) is the mean weight of each expert over a row's tokens; I is `1 - δ` where the expert is meant for the
-    row's group and `1 + δ` elsewhere. The localized balancing constraint of LoRAMoE (arXiv 2312.09979) has the signs
-    the other way round and divides by the mean, its code by the squared mean. The loss is smallest when I ∘ Q is
-    constant, Q ∝ 1 / I, so the paper's signs would give matching experts less. Q is a mean and not a sum over tokens,
-    so that long rows do not count as imbalance.
+    row's group and `1 + δ` elsewhere, divided by the row's harmonic mean, so that the minimum is 0 for groups of any
+    size. The localized balancing constraint of LoRAMoE (arXiv 2312.09979) has the signs the other way round and
+    divides by the mean, its code by the squared mean. The loss is smallest when I ∘ Q is constant, Q ∝ 1 / I, so the
+    paper's signs would give matching experts less. Q is a mean and not a sum over tokens, so that long rows do not
+    count as imbalance.
 
     Raises:
         ValueError: no labels.
@@ -83,7 +84,9 @@ def localized(routed: Routed, *, delta: float) -> torch.Tensor:
     weight = routed.weights if routed.mask is None else routed.weights * routed.mask.unsqueeze(-1)
     tokens = weight.new_full(weight.shape[:1], weight.shape[1]) if routed.mask is None else routed.mask.float().sum(1)
     q = weight.sum(1) / tokens.clamp_min(1).unsqueeze(-1)  # (n, E)
-    return _cv2(q * torch.where(routed.matches, 1 - delta, 1 + delta), (tokens > 0).unsqueeze(-1).expand_as(q))
+    importance = torch.where(routed.matches, 1 - delta, 1 + delta).to(q)
+    importance = importance * (1 / importance).mean(1, keepdim=True)
+    return _cv2(q * importance, (tokens > 0).unsqueeze(-1).expand_as(q))
 
 
 def z(routed: Routed) -> torch.Tensor:

@@ -84,10 +84,15 @@ class TokenRoutedConfig(MoeConfig):
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """The balance losses and their weights."""
+        """The balance losses that have a weight above 0, and their weights."""
         if isinstance(self.balance_loss, dict):
-            return dict(self.balance_loss)
-        return {} if self.balance_loss == "none" else {self.balance_loss: self.balance_coefficient}
+            return {name: weight for name, weight in self.balance_loss.items() if weight}
+        named = self.balance_loss != "none" and self.balance_coefficient
+        return {self.balance_loss: self.balance_coefficient} if named else {}
+
+    def routed_at(self, key: str) -> int:
+        """Number of experts that the router of a module chooses from, without base and shared ones."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how many experts a module has.")
 
     @property
     def task_names(self) -> list[str]:
@@ -122,6 +127,13 @@ class TokenRoutedTuner(MoeTuner):
     def check_routing(self, config: TokenRoutedConfig, keys: list[str]) -> None:
         if not config.coefficients:
             return
+        groups = len(config.expert_groups or ())
+        few = next((key for key in keys if 1 < config.routed_at(key) < groups), None)
+        if "localized" in config.coefficients and few is not None:
+            raise ValueError(
+                f"expert_groups has {groups} groups, and {few!r} has {config.routed_at(few)} experts, so that a "
+                "group would have none; give each layer at least one expert per group."
+            )
         model_type = self.get_model_config(self.model).get("model_type")
         inside = next((key for key in keys if IN_BASE_EXPERTS.search(key)), None)
         if model_type in SEQUENCE_FIRST:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ..config import Experts, PeftMoeType, check_count, check_fraction
 from ..routing.gates import COLDEST
@@ -58,6 +58,8 @@ class MedMoeLoraConfig(TokenRoutedConfig):
         >>> model = get_peft_model(base_model, config)
         >>> model(**batch)
     """
+
+    alpha_by_rank: ClassVar[bool] = True
 
     lora_alpha: float | None = None  # type: ignore[assignment]  # None: by rank
     lora_dropout: float = 0.05
@@ -136,8 +138,8 @@ class MedMoeLoraConfig(TokenRoutedConfig):
                     "experts_per_layer out."
                 )
 
-    def special_at(self, key: str) -> int:
-        """Number of special experts of a module."""
+    def routed_at(self, key: str) -> int:
+        """Number of special experts of a module, beside its base experts."""
         layer = layer_of(key)
         stack = (self.experts_per_layer or {}).get(layer[0]) if layer else None
         default = stack[layer[1]] if stack and layer else self.num_experts
@@ -149,7 +151,7 @@ class MedMoeLoraConfig(TokenRoutedConfig):
         return self.base_expert_mode == "frozen"
 
     def experts_at(self, key: str) -> Experts:
-        ranks = tuple(islice(cycle(self._ranks), self.special_at(key)))
+        ranks = tuple(islice(cycle(self._ranks), self.routed_at(key)))
         rank = int(self.at(self.rank_pattern, key, 0))
         if rank:
             ranks = (rank,) * len(ranks)

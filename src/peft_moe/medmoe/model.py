@@ -22,7 +22,7 @@ class MedMoeLoraModel(TokenRoutedTuner):
     def build_router(
         self, config: MedMoeLoraConfig, adapter_name: str, *, key: str, in_features: int
     ) -> tuple[TokenRouter | None, bool]:
-        special = config.special_at(key)
+        special = config.routed_at(key)
         num_experts = config.num_base_experts + special
         if num_experts == 1:
             return None, False
@@ -46,7 +46,7 @@ class MedMoeLoraModel(TokenRoutedTuner):
     @staticmethod
     def _balance(config: MedMoeLoraConfig) -> list[BalanceTerm]:
         terms = balance_terms(config)
-        if config.base_expert_mode == "general":
+        if config.base_expert_mode == "general" and config.base_coefficient:
             loss = partial(localized, delta=config.localized_delta)
             terms.append(BalanceTerm("localized", loss, config.base_coefficient))
         return terms
@@ -64,6 +64,6 @@ class MedMoeLoraModel(TokenRoutedTuner):
 
     @classmethod
     def bank_options(cls, config: MedMoeLoraConfig) -> dict[str, Any]:
-        if config.base_expert_mode != "regularized":
+        if config.base_expert_mode != "regularized" or not config.base_coefficient:
             return {}
         return {"num_anchored": config.num_base_experts, "anchor_coefficient": config.base_coefficient}

@@ -72,28 +72,32 @@ class MoLoraConfig(TokenRoutedConfig):
         self._check_selection()
 
     def _check_selection(self) -> None:
-        dense = self.top_p is None and self.top_k >= self.num_experts
-        if dense and self.num_experts > 1 and "switch" in self.coefficients:
+        most = max(self.num_experts, *(self.num_experts_pattern or {"": 1}).values())
+        if self.num_shared_experts and most == 1:
             raise ValueError(
-                f"balance_loss='switch' counts which experts are chosen, and top_k={self.top_k} of num_experts="
-                f"{self.num_experts} chooses all, so that it has no gradient; use 'variance' or 'cv2', or a smaller "
-                "top_k."
+                f"num_shared_experts={self.num_shared_experts} stand beside routed experts, and num_experts=1 has "
+                f"none; a plain LoRA of the same size has r={self.r * (self.num_shared_experts + 1)}."
             )
-        if self.top_p is None and self.top_k == 1 < self.num_experts:
-            if not self.coefficients:
-                warnings.warn(
-                    "top_k=1: the weight of the one expert is 1 whatever its score, so the task loss gives the "
-                    "router no gradient, and without a balance_loss it stays as it was drawn. Use top_k=2 or more.",
-                    UserWarning,
-                    stacklevel=4,
-                )
-            else:
-                warnings.warn(
-                    "top_k=1: the weight of the one expert is 1 whatever its score, so the task loss gives the "
-                    "router no gradient; only the balance loss trains it. Use top_k=2 or more.",
-                    UserWarning,
-                    stacklevel=4,
-                )
+        if self.num_experts > 1:
+            self.check_switch(self.num_experts)
+        if self.top_p is None and self.top_k == 1 < most:
+            rest = "only the balance loss trains it" if self.coefficients else "it stays as it was drawn"
+            warnings.warn(
+                "top_k=1: the weight of the one expert is 1 whatever its score, so the task loss gives the router no "
+                f"gradient; {rest}. Use top_k=2 or more.",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def check_switch(self, num_experts: int) -> None:
+        """Raise a ValueError if a switch loss would have no gradient in a layer with this number of experts."""
+        dense = self.top_k >= num_experts if self.top_p is None else self.top_p == 1
+        if dense and "switch" in self.coefficients:
+            chosen = f"top_k={self.top_k} of {num_experts} experts" if self.top_p is None else "top_p=1"
+            raise ValueError(
+                f"balance_loss={self.balance_loss!r}: 'switch' counts which experts are chosen, and {chosen} chooses "
+                "all, so that it has no gradient; use 'variance' or 'cv2', or choose fewer."
+            )
 
     def resolve(self, keys: Sequence[str]) -> None:
         if self.num_experts_pattern is not None:

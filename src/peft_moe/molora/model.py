@@ -17,6 +17,8 @@ class MoLoraModel(TokenRoutedTuner):
 
     def check_routing(self, config: MoLoraConfig, keys: list[str]) -> None:
         super().check_routing(config, keys)
+        for num_experts in sorted({config.routed_at(key) for key in keys} - {1}):
+            config.check_switch(num_experts)
         recipe = config.num_experts > 1 and config.num_experts_pattern == {ATTENTION: 1}
         if recipe and keys and all(config.routed_at(key) == 1 for key in keys):
             raise ValueError(

@@ -65,4 +65,6 @@ def keep_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
         return None
     if mask.dim() == 2:
         return mask != 0
+    if mask.shape[2] != mask.shape[3]:  # keys of a cache, used or not, beside those of this call
+        return None
     return (mask if mask.dtype == torch.bool else mask == 0).any(-2)[:, 0]

@@ -90,7 +90,8 @@ class TokenGate(nn.Module):
             bound = 1 / math.sqrt(self.in_features)
             nn.init.uniform_(self.bias, -bound, bound)
         if self.temperature_bias is not None and self._start is not None:
-            nn.init.constant_(self.temperature_bias, math.log(math.expm1(self._start - COLDEST)))
+            above = self._start - COLDEST  # log(exp(above) - 1), without the overflow
+            nn.init.constant_(self.temperature_bias, above + math.log(-math.expm1(-above)))
 
     @property
     def temperature(self) -> torch.Tensor | float | None:

@@ -72,7 +72,7 @@ class TokenRouter(nn.Module):
         select: turns scores (..., E) into weights (..., E).
         inference_select: the same outside of training; None for no difference.
         num_shared: shared experts.
-        num_base: base experts, which balance losses leave alone.
+        num_base: base experts, which `variance` and `cv2` leave out.
         base_is_empty: base experts have no matrices: what they get goes to the base model alone.
         balance: the balance losses.
         matches: (T, E) bool, true where an expert is meant for the rows of a task; for the localized loss.
@@ -134,10 +134,10 @@ class TokenRouter(nn.Module):
         """Scores and weights as rows of tokens (n, s, E)."""
         batch = view.batch or Batch(rows=x.shape[0])
         shape, mask = batch.tokens_of(x, in_decoder=self.in_decoder)
-        matches = None
+        e, matches = scores.shape[-1], None
         if self.matches is not None and view.ids is not None:
             matches = _spread(self._matches_of(view.ids), shape[0])
-        return Routed(scores.reshape(*shape, -1), weights.reshape(*shape, -1), mask, matches, self.num_base)
+        return Routed(scores.reshape(*shape, e), weights.reshape(*shape, e), mask, matches, self.num_base)
 
     def _matches_of(self, ids: torch.Tensor) -> torch.Tensor:
         """(n, E): the experts that are meant for one of a row's tasks (n,) or (n, k)."""

@@ -44,7 +44,7 @@ class RoutingStatistics:
         scores, weights = routed.scores.float(), routed.weights.float()
         counted = weights.new_ones(weights.shape[:2]) if routed.mask is None else routed.mask.float()
         per_token = (weights, one_hot(weights.argmax(-1), self.num_experts), weights > 0)
-        per_row = [torch.einsum("nse,ns->ne", values.float(), counted) for values in per_token]
+        per_row = [(values * counted.unsqueeze(-1)).sum(1) for values in per_token]
         before = scores.logsumexp(-1) - (scores.softmax(-1) * scores).sum(-1)
         after = torch.special.entr(weights).sum(-1)
         tokens = counted.sum(1)
