@@ -33,7 +33,7 @@ from peft_moe.arguments import parse_arguments
 from peft_moe.card import model_card, tags_of
 from peft_moe.data import TaskInfo, encode, mix, read_examples, read_task_info, take_per_task
 from peft_moe.evaluation import table
-from peft_moe.training import RoutingCallback, TaskCollator, TaskEvaluation, score_with_trainer
+from peft_moe.training import BalanceScale, RoutingCallback, TaskCollator, TaskEvaluation, score_with_trainer
 
 
 @dataclass
@@ -111,6 +111,9 @@ class AdapterArguments:
         default=None, metadata={"help": "none, switch, variance, cv2, localized, z, or JSON of names and weights."}
     )
     balance_coefficient: float | None = field(default=None, metadata={"help": "Weight of the balance loss."})
+    adapter_options: str | None = field(
+        default=None, metadata={"help": "JSON (in YAML a mapping) of other fields of the method's config."}
+    )
     log_routing: Literal["no", "summary", "layers"] = field(
         default="summary", metadata={"help": "What to log of the routers; layers has every expert of every layer."}
     )
@@ -121,9 +124,10 @@ class AdapterArguments:
         Raises:
             ValueError: an argument that the method does not have.
         """
-        own = {"method", "target_modules", "tasks", "log_routing"}
+        own = {"method", "target_modules", "tasks", "adapter_options", "log_routing"}
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
         given = {name: value for name, value in given.items() if value is not None}
+        given |= json.loads(self.adapter_options or "{}")
         config_cls = METHODS[self.method]
         known = {f.name for f in fields(config_cls)}
         if foreign := sorted(given.keys() - known):
@@ -154,6 +158,8 @@ def main(argv: list[str]) -> None:
     if data_args.eval_split:
         trainer.add_callback(TaskEvaluation(trainer, examples[data_args.eval_split], info, **generation))
 
+    if isinstance(config, TokenRoutedConfig):
+        trainer.add_callback(BalanceScale(trainer))
     if isinstance(config, TokenRoutedConfig) and adapter_args.log_routing != "no":
         trainer.add_callback(RoutingCallback(trainer, per_layer=adapter_args.log_routing == "layers"))
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
 from .routing import RoutingContext
 
@@ -30,20 +31,26 @@ class Recomputation:
 
 
 def keep_call_through_checkpointing(model: nn.Module, context: RoutingContext) -> None:
-    """Wrap the checkpoint functions that transformers' `gradient_checkpointing_enable` has put on modules, once."""
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            checkpoint = vars(module).get("_gradient_checkpointing_func")
-            if callable(checkpoint) and context not in _contexts(checkpoint):
-                vars(module)["_gradient_checkpointing_func"] = Recomputation(checkpoint, context)
+    """Wrap, once, the checkpoint functions that transformers or torch's `CheckpointWrapper` have put on modules."""
+    for attributes, name, checkpoint in _checkpoint_functions(model):
+        if context not in _contexts(checkpoint):
+            attributes[name] = Recomputation(checkpoint, context)
 
 
 def undo_checkpointing(model: nn.Module, context: RoutingContext) -> None:
     """Take the wrappers away again."""
-    for module in model.modules():
-        checkpoint = vars(module).get("_gradient_checkpointing_func")
+    for attributes, name, checkpoint in _checkpoint_functions(model):
         if isinstance(checkpoint, Recomputation) and checkpoint.context is context:
-            vars(module)["_gradient_checkpointing_func"] = checkpoint.checkpoint
+            attributes[name] = checkpoint.checkpoint
+
+
+def _checkpoint_functions(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Callable[..., Any]]]:
+    for module in model.modules():
+        attributes = vars(module)
+        if isinstance(module, CheckpointWrapper):
+            yield attributes, "checkpoint_fn", attributes["checkpoint_fn"]
+        elif callable(checkpoint := attributes.get("_gradient_checkpointing_func")):
+            yield attributes, "_gradient_checkpointing_func", checkpoint
 
 
 def _contexts(checkpoint: Callable[..., Any]) -> list[RoutingContext]:

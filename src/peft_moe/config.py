@@ -138,6 +138,9 @@ class MoeConfig(PeftConfig):
     def resolve(self, keys: Sequence[str]) -> None:
         """Settle what depends on the model, given the names of its modules; the result is saved with the adapter."""
 
+    def resolve_layers(self, keys: Sequence[str], targets: Sequence[str]) -> None:
+        """The same for what depends on the names of the targeted modules too."""
+
     @property
     def task_names(self) -> list[str]:
         """Names of the tasks by id; none where the adapter knows no tasks."""
@@ -184,6 +187,12 @@ def check_fraction(name: str, value: object, what: str, *, low: float = 0, high:
     if not number or not low <= value <= high:  # type: ignore[operator]
         limits = f"from {low:g} up" if math.isinf(high) else f"from {low:g} to {high:g}"
         raise ValueError(f"{name}={value!r} is {what}; give a number {limits}.")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise a ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is a yes or no; give True or False.")
 
 
 def check_count(name: str, value: object, what: str) -> None:

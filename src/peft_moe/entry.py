@@ -58,12 +58,13 @@ class Entry:
         if args and args[0] is self.owner:  # accelerate's unwrap_model binds what it finds, as if it were a function
             args = args[1:]
         tuner, context = self.tuner, self.tuner.context
-        training = self.owner.training and torch.is_grad_enabled()
+        answering = self.method == "generate"
+        training = self.owner.training and torch.is_grad_enabled() and not answering
         if training and not context.open and not torch.compiler.is_compiling():
             keep_call_through_checkpointing(self.owner, context)
         active = tuner.active_adapters if tuner.adapters_enabled else ()
         batch = self._batch(args, kwargs, masks=training or tuner.recording)
-        with context.call(task_ids, active=active, batch=batch, training=training) as ledger:
+        with context.call(task_ids, active=active, batch=batch, training=training, counted=not answering) as ledger:
             if isinstance(self.replaced, Entry):  # a tuner inside a tuner is told the same
                 kwargs["task_ids"] = context.told
             if self.replaced is not None:
@@ -102,8 +103,11 @@ class Entry:
         scalar = isinstance(outputs, tuple) and isinstance(outputs[0], torch.Tensor) and outputs[0].dim() == 0
         loss = outputs.get("loss") if named else outputs[0] if scalar else None
         log_probs, mask = (outputs.get(name) if named else None for name in ("log_probs", "label_mask"))  # TRL's
-        if loss is None and log_probs is None:
-            self.tuner.context.warn_of_outside_loss()
+        if loss is None and log_probs is None and ledger.in_graphs:
+            raise RuntimeError(
+                "A compiled model adds its balance loss to the loss it returns, and this call returns none; pass "
+                "labels, set balance_loss='none', or do not compile."
+            )
         loss, log_probs = ledger.settle(loss, self._share(kwargs), log_probs, mask)
         if named and loss is not None:
             outputs["loss"] = loss

@@ -21,7 +21,8 @@ class Routed(NamedTuple):
         scores: (n, s, E) of the gate, float32.
         weights: (n, s, E) after selection: zero for experts that a token does not get.
         mask: (n, s), true for tokens that count; None if all do.
-        matches: (n, E), true where an expert is meant for the row's group; None without labels.
+        matches: (n, E), true where an expert is meant for the row's group; without columns for base experts if these
+            take no part; None without labels.
         num_base: how many of the first experts are base experts, which `variance` and `cv2` leave out.
     """
 
@@ -84,6 +85,9 @@ def localized(routed: Routed, *, delta: float) -> torch.Tensor:
     weight = routed.weights if routed.mask is None else routed.weights * routed.mask.unsqueeze(-1)
     tokens = weight.new_full(weight.shape[:1], weight.shape[1]) if routed.mask is None else routed.mask.float().sum(1)
     q = weight.sum(1) / tokens.clamp_min(1).unsqueeze(-1)  # (n, E)
+    if routed.matches.shape[1] < q.shape[1]:
+        q = q[:, q.shape[1] - routed.matches.shape[1] :]
+        q = q / q.sum(1, keepdim=True).clamp_min(TINY)
     importance = torch.where(routed.matches, 1 - delta, 1 + delta).to(q)
     importance = importance * (1 / importance).mean(1, keepdim=True)
     return _cv2(q * importance, (tokens > 0).unsqueeze(-1).expand_as(q))

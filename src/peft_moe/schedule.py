@@ -40,7 +40,9 @@ def bands(num_layers: int, parts: Iterable[tuple[int, int, int]]) -> list[int]:
     return [found[layer] for layer in range(num_layers)]
 
 
-def experts_per_layer(schedule: str | Mapping[str, Any] | list[int], num_layers: int, num_experts: int) -> list[int]:
+def experts_per_layer(
+    schedule: str | Mapping[str, Any] | list[int], num_layers: int, num_experts: int, *, stack: str = "the model"
+) -> list[int]:
     """A schedule for a stack of layers.
 
     Args:
@@ -49,6 +51,7 @@ def experts_per_layer(schedule: str | Mapping[str, Any] | list[int], num_layers:
             `{"type": "bands", "bands": [[0, 10, 2], [10, 19, 4], [19, 32, 8]]}`; or a list with a number per layer.
         num_layers: L.
         num_experts: the largest number in the named shapes.
+        stack: what the layers are called in errors.
 
     Raises:
         ValueError: a list or bands that do not fit the number of layers.
@@ -108,10 +111,12 @@ def check_schedule(schedule: object) -> None:
 def layer_of(key: str) -> tuple[str, int] | None:
     """The stack and index of the layer that a module belongs to, by the first number in its name; None without one.
 
-    `"model.layers.3.mlp.up_proj"` is layer 3 of `"model.layers"`; an encoder and a decoder are stacks of their own.
+    `"model.layers.3.mlp.up_proj"` is layer 3 of `"model.layers"`; an encoder and a decoder are stacks of their own. A
+    number at the very start is that of an `nn.Sequential` around models, and counts only if there is no other.
     """
     parts = key.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    at = next((i for i in numbers if i > 0), numbers[0] if numbers else None)
     return None if at is None else (".".join(parts[:at]), int(parts[at]))
 
 

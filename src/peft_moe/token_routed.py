@@ -21,7 +21,7 @@ from .tuner import IN_BASE_EXPERTS, SEQUENCE_FIRST, MoeTuner
 DEFAULT_COEFFICIENT = 0.01
 
 # Layers of an encoder-decoder model's decoder that see the encoder's output: keys and values of cross-attention.
-OF_ENCODER = re.compile(r"(?i:encdec|encoder_|cross)[^.]*\.(k|v|key|value|k_proj|v_proj|k_lin|v_lin)$")
+OF_ENCODER = re.compile(r"(?i:encdec|encoder_|cross)[^.]*\.(.*\.)?(k|v|key|value)(_proj|_lin)?$")
 
 
 @dataclass
@@ -68,6 +68,9 @@ class TokenRoutedConfig(MoeConfig):
     def _check_groups(self) -> None:
         groups = self.expert_groups
         if groups is not None:
+            if not isinstance(groups, dict) or not all(isinstance(tasks, (list, tuple)) for tasks in groups.values()):
+                raise ValueError(f"expert_groups={groups!r}; give {{'group': ['task', ...], ...}}.")
+            self.expert_groups = groups = {group: list(tasks) for group, tasks in groups.items()}
             in_groups = [task for tasks in groups.values() for task in tasks]
             wrong = sorted({t for t in in_groups if t not in self.task_names or in_groups.count(t) > 1})
             missing = [t for t in self.task_names if t not in in_groups]
@@ -151,6 +154,11 @@ class TokenRoutedTuner(MoeTuner):
         """Whether the module at `key` sees the decoder's tokens, in a model that has an encoder too."""
         return self.is_encoder_decoder and "decoder" in key.split(".") and not OF_ENCODER.search(key)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if self.recording:
+            self.record_routing(adapters=[adapter_name])
+
     # balance losses
 
     @property
@@ -162,6 +170,8 @@ class TokenRoutedTuner(MoeTuner):
     def set_balance_scale(self, scale: float) -> None:
         """Say how much a call weighs in a loss that is computed outside of the model: 1 / gradient accumulation steps.
 
+        It then also holds for losses made of TRL's `log_probs`.
+
         Not needed where the model's own `loss` is used (Trainer), or TRL's `log_probs` for a likelihood (SFTTrainer):
         there the balance loss follows the factor on the loss.
 
@@ -169,7 +179,7 @@ class TokenRoutedTuner(MoeTuner):
             ValueError: not a number from 0 up.
         """
         check_fraction("scale", scale, "the factor on balance losses")
-        self.context.outside_scale = float(scale)
+        self.context.outside.chosen = float(scale)
 
     # statistics
 
@@ -180,13 +190,19 @@ class TokenRoutedTuner(MoeTuner):
             if isinstance(layer, MoeLinear) and isinstance(router := layer.router_of(adapter_name), TokenRouter):
                 yield key, router
 
-    def record_routing(self, enabled: bool = True) -> None:
-        """Start or stop adding up what the routers of all adapters do; starting again forgets what was added up."""
+    def record_routing(self, enabled: bool = True, adapters: Sequence[str] | None = None) -> None:
+        """Start or stop adding up what routers do; starting again forgets what was added up. `generate` is not
+        recorded.
+
+        Args:
+            enabled: start or stop.
+            adapters: whose routers; None for all adapters.
+        """
         self.recording = enabled
-        for adapter, config in self.peft_config.items():
+        for adapter in self.peft_config if adapters is None else adapters:
             for _, router in self.routers(adapter):
                 if enabled:
-                    router.record(cast(TokenRoutedConfig, config).task_names)
+                    router.record(cast(TokenRoutedConfig, self.peft_config[adapter]).task_names)
                 else:
                     router.statistics = None
 

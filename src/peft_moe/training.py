@@ -137,6 +137,31 @@ class TaskEvaluation(TrainerCallback):
         self.trainer.log(scores)
 
 
+class BalanceScale(TrainerCallback):
+    """Tells a token-routed adapter how many micro-batches a step has, for losses that are computed outside of the
+    model.
+
+    With label smoothing, `compute_loss_func` or a preference loss the model cannot see how much a micro-batch weighs,
+    and its balance loss is then added with weight 1 / micro-batches. The model's own loss needs no callback.
+
+    Args:
+        trainer: its model has the adapter.
+
+    Example:
+        `trainer.add_callback(BalanceScale(trainer))`
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.tuner = trainer, _token_routed(trainer, "BalanceScale")
+
+    def on_step_begin(self, *rest: Any, **kwargs: Any) -> None:
+        # the last step of an epoch may have fewer
+        self.tuner.context.outside.usual = 1 / self.trainer.current_gradient_accumulation_steps
+
+    def on_train_end(self, *rest: Any, **kwargs: Any) -> None:
+        self.tuner.context.outside.usual = None
+
+
 class RoutingCallback(TrainerCallback):
     """Logs what the routers of a token-routed adapter do, whenever the Trainer logs or evaluates.
 
@@ -152,28 +177,21 @@ class RoutingCallback(TrainerCallback):
 
     The summary is `balance/<name>`, `entropy_before` and `entropy_after` selection and `effective_experts` (exp of
     the entropy of the load), each the mean over routed layers; `effective_experts_min`, `largest_load` and
-    `dead_experts` of all layers. Also tells the adapter the number of accumulation steps, for losses that are
-    computed outside of the model.
+    `dead_experts` of all layers.
 
     Example:
         `trainer.add_callback(RoutingCallback(trainer, per_layer=True))`
     """
 
     def __init__(self, trainer: Trainer, per_layer: bool = False) -> None:
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        tuner = model.base_model if isinstance(model, PeftModel) else None
-        if not isinstance(tuner, TokenRoutedTuner):
-            raise ValueError(
-                f"RoutingCallback looks at routers that choose experts for each token, and the trainer's model is a "
-                f"{type(model if tuner is None else tuner).__name__}; use it with MoLoraConfig or MedMoeLoraConfig."
-            )
+        tuner = _token_routed(trainer, "RoutingCallback")
+        if not any(True for _ in tuner.routers()):
+            raise ValueError("RoutingCallback has nothing to look at: the adapter has one expert in every layer.")
         self.trainer, self.tuner, self.per_layer = trainer, tuner, per_layer
         self.warned = False
 
-    def on_train_begin(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, *rest: Any, **kwargs: Any) -> None:
         self.tuner.record_routing()
-        if self.tuner.context.outside_scale is None:
-            self.tuner.set_balance_scale(1 / args.gradient_accumulation_steps)
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_log:
@@ -228,6 +246,18 @@ class RoutingCallback(TrainerCallback):
             )
 
 
+def _token_routed(trainer: Trainer, who: str) -> TokenRoutedTuner:
+    """The tuner of a trainer's model; an error that says who needs it if it is of another kind."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    tuner = model.base_model if isinstance(model, PeftModel) else model
+    if not isinstance(tuner, TokenRoutedTuner):
+        raise ValueError(
+            f"{who} is for routers that choose experts for each token, and the trainer's model is a "
+            f"{type(tuner).__name__}; use it with MoLoraConfig or MedMoeLoraConfig."
+        )
+    return tuner
+
+
 def is_collapsed(values: Mapping[str, Any]) -> bool:
     """Whether a layer's tokens all use the same experts: as many in effect as one token gets, or one where it gets all.
 
@@ -250,9 +280,12 @@ def routing_summary(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, float]
         return sum(values) / len(values)
 
     names = ("entropy_before", "entropy_after", "effective_experts")
-    balance = every[0]["balance"]
+    balance: dict[str, list[float]] = {}
+    for layer in every:
+        for name, value in layer["balance"].items():
+            balance.setdefault(name, []).append(value)
     return {
-        **{f"balance/{name}": mean([layer["balance"][name] for layer in every]) for name in balance},
+        **{f"balance/{name}": mean(values) for name, values in balance.items()},
         **{name: mean([layer[name] for layer in every]) for name in names},
         "effective_experts_min": min(layer["effective_experts"] for layer in every),
         "largest_load": max(max(layer["load"]) for layer in every),

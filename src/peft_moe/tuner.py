@@ -122,6 +122,7 @@ class MoeTuner(BaseTuner):
             if self._check_target_module_exists(peft_config, key):
                 check_base_layer(module, key)
                 keys.append(key)
+        peft_config.resolve_layers([key for key, _ in modules_outside_adapters(model)], keys)
         self.check_routing(peft_config, keys)
         warn_unmatched(peft_config.num_experts_pattern, keys)
 
@@ -275,7 +276,9 @@ def linear_layers_in_blocks(model: nn.Module) -> set[str]:
     """Name endings of the linear layers in a model's repeated blocks, which the paper adapts; no pooler, no head."""
     bases = {k: m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for k, m in modules_outside_adapters(model)}
     linear = (key for key, base in bases.items() if isinstance(base, (nn.Linear, Conv1D)))
-    chosen = {key for key in linear if re.search(r"\.\d+\.", f".{key}") and not IN_BASE_EXPERTS.search(key)}
+    # a base model's own router is a linear layer in some, and not called like one
+    left_out = (IN_BASE_EXPERTS, re.compile(r"(^|\.)router(\.|$)"))
+    chosen = {key for key in linear if re.search(r"\.\d+\.", f".{key}") and not any(r.search(key) for r in left_out)}
     if not chosen:
         raise ValueError("No linear layers in repeated blocks were found in the model; give target_modules.")
     return _find_minimal_target_modules(chosen, bases.keys() - chosen)

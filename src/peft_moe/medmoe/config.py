@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import cycle, islice
 from typing import Any, ClassVar, Literal
 
-from ..config import Experts, PeftMoeType, check_count, check_fraction
+from ..config import Experts, PeftMoeType, check_count, check_flag, check_fraction
 from ..routing.gates import COLDEST
 from ..schedule import check_schedule, experts_per_layer, layer_of, stacks
 from ..token_routed import TokenRoutedConfig
@@ -82,6 +82,7 @@ class MedMoeLoraConfig(TokenRoutedConfig):
         check_schedule(self.expert_schedule)
         self._check_ranks()
         self._check_base()
+        check_flag("learn_temperature", self.learn_temperature)
         check_fraction("temperature", self.temperature, "the temperature at the start", low=2 * COLDEST)
         if self.inference_top_k is not None:
             check_count("inference_top_k", self.inference_top_k, "the number of experts per token")
@@ -96,6 +97,12 @@ class MedMoeLoraConfig(TokenRoutedConfig):
             raise ValueError("expert_ranks=[] has no rank; give one for all experts, or a list to take in turn.")
         for rank in self._ranks:
             check_count("expert_ranks", rank, "the rank of an expert")
+        if self.experts_per_layer is not None:
+            if not isinstance(self.experts_per_layer, dict):
+                raise ValueError(f"experts_per_layer={self.experts_per_layer!r}; it is set by itself, leave it out.")
+            for stack, counts in self.experts_per_layer.items():
+                for i, count in enumerate(counts):
+                    check_count(f"experts_per_layer[{stack!r}][{i}]", count, "a number of experts")
 
     def _check_base(self) -> None:
         if self.base_expert_mode not in MODES:
@@ -106,6 +113,17 @@ class MedMoeLoraConfig(TokenRoutedConfig):
         check_fraction("base_coefficient", self.base_coefficient, "the weight of a loss")
         if self.base_expert_rank is not None:
             check_count("base_expert_rank", self.base_expert_rank, "the rank of the base expert")
+        trained = self.base_expert_mode != "frozen"
+        if trained and self.num_base_experts == 0:
+            raise ValueError(
+                f"base_expert_mode={self.base_expert_mode!r} trains base experts, and num_base_experts=0; give 1, or "
+                "base_expert_mode='frozen'."
+            )
+        if self.base_expert_rank is not None and not trained:
+            raise ValueError(
+                f"base_expert_rank={self.base_expert_rank}: a frozen base expert has no matrices; use base_expert_mode="
+                "'regularized' or 'general', or leave the rank out."
+            )
         if (self.base_expert_mode == "general") != bool(self.general_tasks):
             raise ValueError(
                 f"base_expert_mode={self.base_expert_mode!r} and general_tasks={self.general_tasks!r}: mode "
@@ -117,26 +135,27 @@ class MedMoeLoraConfig(TokenRoutedConfig):
                 f"general_tasks={self.general_tasks!r} and tasks={self.tasks!r}: general tasks are some of the "
                 f"tasks, and not all; unknown: {unknown}."
             )
-        if self.base_expert_mode == "general" and (self.num_base_experts == 0 or "localized" in self.coefficients):
+        if self.base_expert_mode == "general" and "localized" in self.coefficients:
             raise ValueError(
-                f"base_expert_mode='general' with num_base_experts={self.num_base_experts} and balance_loss="
-                f"{self.balance_loss!r}: it needs a base expert, and brings the localized loss itself."
+                f"base_expert_mode='general' with balance_loss={self.balance_loss!r}: it brings the localized loss "
+                "itself; choose another balance_loss."
             )
 
-    def resolve(self, keys: Sequence[str]) -> None:
-        lengths = stacks(keys)
+    def resolve_layers(self, keys: Sequence[str], targets: Sequence[str]) -> None:
+        of_targets = {layer[0] for layer in map(layer_of, targets) if layer}
+        lengths = {stack: length for stack, length in stacks(keys).items() if stack in of_targets}
         if self.experts_per_layer is None:
             self.experts_per_layer = {
-                stack: experts_per_layer(self.expert_schedule, length, self.num_experts)
+                stack: experts_per_layer(self.expert_schedule, length, self.num_experts, stack=stack or "the model")
                 for stack, length in lengths.items()
             }
-        for stack, counts in self.experts_per_layer.items():
-            if lengths.get(stack) != len(counts):
-                raise ValueError(
-                    f"experts_per_layer is for {len(counts)} layers in {stack!r}, and this model has "
-                    f"{lengths.get(stack, 0)}; the adapter was made for another base model. To make a new one, leave "
-                    "experts_per_layer out."
-                )
+        saved = {stack: len(counts) for stack, counts in self.experts_per_layer.items()}
+        if any(saved.get(stack) != length for stack, length in lengths.items()):
+            raise ValueError(
+                f"experts_per_layer is for layers {saved} and the targeted ones of this model are {lengths}: the "
+                "adapter was made for another base model, or for another class of it. To make a new one, leave "
+                "experts_per_layer out."
+            )
 
     def routed_at(self, key: str) -> int:
         """Number of special experts of a module, beside its base experts."""

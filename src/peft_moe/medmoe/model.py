@@ -58,8 +58,7 @@ class MedMoeLoraModel(TokenRoutedTuner):
             general = torch.tensor([task in config.general_tasks for task in config.task_names])
             return general.unsqueeze(1) == (torch.arange(base + special) < base)
         if config.expert_groups:
-            of_special = matches_by_group(config.task_names, list(config.expert_groups.values()), special)
-            return torch.cat([of_special.new_zeros(len(of_special), base), of_special], dim=1)
+            return matches_by_group(config.task_names, list(config.expert_groups.values()), special)
         return None
 
     @classmethod

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
-from ..config import Experts, PeftMoeType, check_count, check_fraction
+from ..config import Experts, PeftMoeType, check_count, check_flag, check_fraction
 from ..token_routed import TokenRoutedConfig
 
-# Modules inside whatever a model calls its attention: self_attn, attention, SelfAttention, encoder_attn, …
-ATTENTION = r"[^.]*(?i:attn|attention)[^.]*\..+"
+# Modules inside whatever a model calls its attention (self_attn, attention, SelfAttention, encoder_attn, …), except for
+# a feed-forward layer in there; and projections by their names, which some models have without such a parent.
+ATTENTION = r"[^.]*(?i:attn|attention)[^.]*\.(?!(.*\.)?(mlp|ffn?|feed_forward)\.).+|(q|k|v|o|qkv)_proj"
 
 
 @dataclass
@@ -63,6 +64,7 @@ class MoLoraConfig(TokenRoutedConfig):
         self.peft_type = PeftMoeType.MOLORA
         check_count("r", self.r, "the rank of an expert")
         check_count("top_k", self.top_k, "the number of experts per token")
+        check_flag("router_bias", self.router_bias)
         check_fraction("router_jitter", self.router_jitter, "how far the router's input is moved", high=0.99)
         if isinstance(self.num_shared_experts, bool) or not isinstance(self.num_shared_experts, int):
             raise ValueError(f"num_shared_experts={self.num_shared_experts!r} is a number of experts; give 0 or more.")
@@ -78,7 +80,7 @@ class MoLoraConfig(TokenRoutedConfig):
                 f"num_shared_experts={self.num_shared_experts} stand beside routed experts, and num_experts=1 has "
                 f"none; a plain LoRA of the same size has r={self.r * (self.num_shared_experts + 1)}."
             )
-        if self.num_experts > 1:
+        if self.num_experts > 1 and not self.num_experts_pattern:
             self.check_switch(self.num_experts)
         if self.top_p is None and self.top_k == 1 < most:
             rest = "only the balance loss trains it" if self.coefficients else "it stays as it was drawn"

@@ -6,6 +6,7 @@ Shapes: n rows · s tokens
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -54,17 +55,20 @@ class Batch:
         return shape, mask.repeat_interleave(shape[0] // mask.shape[0], dim=0)
 
 
-def keep_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
+def keep_mask(mask: Any) -> torch.Tensor | None:
     """An attention mask in any of transformers' forms as (n, s), true for tokens that are no padding.
 
     Args:
-        mask: (n, s) with 0 for padding; or (n, 1, q, s), boolean or added to scores, where a token that no query sees
-            is padding.
+        mask: (n, s) with 0 for padding; or (n, s, s) or (n, heads, s, s), boolean or added to scores, where a token
+            that no query sees is padding; or a dict of these, of which the first is taken.
     """
-    if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4):
+    if isinstance(mask, dict):  # by kind of attention
+        mask = next(iter(mask.values()), None)
+    if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 3, 4):
         return None
     if mask.dim() == 2:
         return mask != 0
-    if mask.shape[2] != mask.shape[3]:  # keys of a cache, used or not, beside those of this call
+    if mask.shape[-2] != mask.shape[-1]:  # keys of a cache, used or not, beside those of this call
         return None
-    return (mask if mask.dtype == torch.bool else mask == 0).any(-2)[:, 0]
+    seen = (mask == 0 if mask.is_floating_point() else mask.bool()).any(-2)
+    return seen if seen.dim() == 2 else seen[:, 0]

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from .batch import Batch
-from .ledger import Ledger
+from .ledger import Ledger, OutsideScale
 from .tasks import Task, TaskIds, encode_tasks, list_tasks
 
 HOW = (
@@ -42,6 +42,7 @@ class _Call:
         batch: its input.
         kept: what routers have computed in it and need not compute again.
         ledger: where balance losses go; None unless it is a training call.
+        counted: whether statistics have it: not what is generated.
     """
 
     told: TaskIds | None = None
@@ -49,6 +50,7 @@ class _Call:
     batch: Batch | None = None
     kept: dict[Any, torch.Tensor] = field(default_factory=dict)
     ledger: Ledger | None = None
+    counted: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class View:
         batch: the call's input.
         kept: what routers have computed in the call and need not compute again.
         ledger: where balance losses go; None unless it is a training call.
-        again: layers run again for backward; what is counted has been counted.
+        counted: whether statistics have it: not what is generated, nor what runs again for backward.
     """
 
     adapter: str = "default"
@@ -71,7 +73,7 @@ class View:
     batch: Batch | None = None
     kept: dict[Any, torch.Tensor] | None = None
     ledger: Ledger | None = None
-    again: bool = False
+    counted: bool = True
 
     def tasks(self) -> torch.Tensor:
         """The ids.
@@ -103,7 +105,7 @@ class RoutingContext:
         self._call = _Call()
         self._depth = 0
         self._warned = False
-        self.outside_scale: float | None = None  # of balance losses where the loss is computed outside of the model
+        self.outside = OutsideScale()
         self.last_ledger: Ledger | None = None
         self._turn = threading.RLock()
 
@@ -151,6 +153,7 @@ class RoutingContext:
         active: Sequence[str],
         batch: Batch | None = None,
         training: bool = False,
+        counted: bool = True,
     ) -> Iterator[Ledger | None]:
         """The span of one call. A call inside it inherits its ids unless it brings its own.
 
@@ -164,7 +167,8 @@ class RoutingContext:
             outermost, before = self._depth == 0, self._call
             if outermost or task_ids is not None:
                 ledger = self._new_ledger(training) if outermost else before.ledger
-                self._call = replace(self._resolve(task_ids, active, batch, training), ledger=ledger)
+                call = self._resolve(task_ids, active, batch, training)
+                self._call = replace(call, ledger=ledger, counted=counted if outermost else before.counted)
             elif batch is not None:  # such as a step of generate, which may have repeated the rows
                 self._call = replace(before, batch=batch)
             self._depth += 1
@@ -179,7 +183,7 @@ class RoutingContext:
     def _new_ledger(self, training: bool) -> Ledger | None:
         if not training:
             return None
-        self.last_ledger = Ledger(1.0 if self.outside_scale is None else self.outside_scale)
+        self.last_ledger = Ledger(self.outside)
         return self.last_ledger
 
     @property
@@ -215,7 +219,8 @@ class RoutingContext:
         call = self.current or self._resolve(None, (adapter,))
         names = self._tasks[adapter].task_names if adapter in self._tasks else ()
         again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        return View(adapter, names, call.ids.get(adapter), call.batch, call.kept, call.ledger, again)
+        counted = call.counted and not again
+        return View(adapter, names, call.ids.get(adapter), call.batch, call.kept, call.ledger, counted)
 
     def one_task(self, adapter: str) -> torch.Tensor:
         """The chosen task as ids (1,) or (1, k), for work that is done once for all rows, such as merging.
@@ -288,27 +293,6 @@ class RoutingContext:
             raise ValueError(
                 f"Adapter {adapter!r} is merged into the base weights for {names}, and other tasks were asked for; "
                 "call model.unmerge_adapter() first."
-            )
-
-    def warn_of_outside_loss(self) -> None:
-        """Say once that a loss which is not the model's own does not show how much a micro-batch weighs in it.
-
-        Raises:
-            RuntimeError: the call is being compiled, where a balance loss can only be added to a loss.
-        """
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "A compiled model adds its balance loss to the loss it returns, and this call returns none; pass "
-                "labels, set balance_loss='none', or do not compile."
-            )
-        if self.outside_scale is None:
-            self.outside_scale = 1.0
-            warnings.warn(
-                "The model returned no loss, so its balance loss is added to each backward with weight 1; with "
-                "gradient accumulation call model.set_balance_scale(1 / steps), and with a loss scaler use the "
-                "model's own loss.",
-                UserWarning,
-                stacklevel=3,
             )
 
     def _warn_of_default(self, default: Task | None, training: bool) -> None:

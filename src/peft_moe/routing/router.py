@@ -5,6 +5,7 @@ Shapes: n rows · s tokens · E experts · in features
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
@@ -108,8 +109,10 @@ class TokenRouter(nn.Module):
         """Weights for x (..., in), as (..., shared + E) without the base experts if they are empty."""
         scores = self.gate(x)
         weights = (self.select if self.training else self.inference_select)(scores)
-        statistics = None if self.statistics is None or view.again else self.statistics[self.training]
+        statistics = None if self.statistics is None or not view.counted else self.statistics[self.training]
         ledger = view.ledger if self.training and self.balance else None
+        if self.training and self.balance and ledger is None and view.counted and torch.is_grad_enabled():
+            warn_of_bypass()
         if ledger is not None or statistics is not None:
             routed = self._routed(scores, weights, x, view)
             labelled = ledger is not None or routed.matches is not None
@@ -136,7 +139,10 @@ class TokenRouter(nn.Module):
         shape, mask = batch.tokens_of(x, in_decoder=self.in_decoder)
         e, matches = scores.shape[-1], None
         if self.matches is not None and view.ids is not None:
-            matches = _spread(self._matches_of(view.ids), shape[0])
+            matches = self._matches_of(view.ids)
+            matches = _repeat_rows(matches, x, shape[0], view.batch).expand(shape[0], -1)
+        if mask is None and batch.mask is not None and view.ledger is not None and not self.in_decoder:
+            warn_of_padding(x.shape)
         return Routed(scores.reshape(*shape, e), weights.reshape(*shape, e), mask, matches, self.num_base)
 
     def _matches_of(self, ids: torch.Tensor) -> torch.Tensor:
@@ -149,23 +155,47 @@ class TokenRouter(nn.Module):
 Router = TaskRouter | TokenRouter
 
 
-def _spread(values: torch.Tensor, rows: int) -> torch.Tensor:
-    """(n, E) to (rows, E): one for all, or each repeated as beams are."""
-    return values.expand(rows, -1) if len(values) == 1 else values.repeat_interleave(rows // len(values), dim=0)
+def warn_of_padding(shape: torch.Size) -> None:
+    """Say that padding in an input cannot be told."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            f"A layer with a balance loss has inputs of shape {tuple(shape)}, which attention_mask does not fit: all "
+            "their tokens count in it, padding too if there is any. Leave such layers out with exclude_modules, or set "
+            "balance_loss='none'.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def warn_of_bypass() -> None:
+    """Say that a layer was trained outside of a call of the adapted model."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            "Layers with a balance loss were run in training by a call of a part of the model, which does not add it "
+            "to the loss; call the adapted model itself, or set balance_loss='none'.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _spread_over_rows(weights: torch.Tensor, x: torch.Tensor, batch: Batch | None) -> torch.Tensor:
-    """(n, E) to (rows, 1, ..., E): each of the n rows of a batch may have become several, one after the other.
+    """(n, E) to (rows or 1, 1, ..., E), as x (rows, ..., in)."""
+    weights = _repeat_rows(weights, x, x.shape[0], batch)
+    return weights.view(weights.shape[0], *(1,) * (x.dim() - 2), weights.shape[-1])
+
+
+def _repeat_rows(values: torch.Tensor, x: torch.Tensor, rows: int, batch: Batch | None) -> torch.Tensor:
+    """(n, E) to (rows, E), or (1, E) if that is for all: each of the n rows of a batch may have become several.
 
     Beams and returned sequences repeat rows, and some models flatten (batch, seq) into rows; both keep the order of the
     batch. Other first axes, such as the patches of all images, do not tell the row.
     """
-    n, rows = weights.shape[0], x.shape[0]
-    if n not in (1, rows):
-        if rows % n or not (batch is None or batch.explains(rows, x.dim())):
-            raise ValueError(
-                f"A routed layer got an input of shape {tuple(x.shape)} for {n} rows of task_ids, and cannot tell "
-                "which row is whose; give one task for the whole batch, or leave the layer out with exclude_modules."
-            )
-        weights = weights.repeat_interleave(rows // n, dim=0)
-    return weights.view(weights.shape[0], *(1,) * (x.dim() - 2), weights.shape[-1])
+    n = values.shape[0]
+    if n in (1, rows):
+        return values
+    if rows % n or not (batch is None or batch.explains(x.shape[0], x.dim())):
+        raise ValueError(
+            f"A routed layer got an input of shape {tuple(x.shape)} for {n} rows of task_ids, and cannot tell "
+            "which row is whose; give one task for the whole batch, or leave the layer out with exclude_modules."
+        )
+    return values.repeat_interleave(rows // n, dim=0)

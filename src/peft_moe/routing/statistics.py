@@ -30,7 +30,7 @@ class RoutingStatistics:
         self.num_experts, self.terms, self.tasks = num_experts, tuple(terms), tuple(tasks)
         # one vector, so that it is added, reduced over processes and read at once
         self.sums: torch.Tensor | None = None
-        self.length = 3 * num_experts + 4 + len(self.terms) + len(self.tasks) * (num_experts + 1)
+        self.length = 3 * num_experts + 3 + 2 * len(self.terms) + len(self.tasks) * (num_experts + 1)
 
     @torch.no_grad()
     def add(self, routed: Routed, terms: Mapping[str, torch.Tensor], ids: torch.Tensor | None) -> None:
@@ -48,8 +48,10 @@ class RoutingStatistics:
         before = scores.logsumexp(-1) - (scores.softmax(-1) * scores).sum(-1)
         after = torch.special.entr(weights).sum(-1)
         tokens = counted.sum(1)
-        numbers = [(before * counted).sum(), (after * counted).sum(), tokens.sum(), tokens.new_ones(())]
-        numbers += [terms[name].float() if name in terms else tokens.new_zeros(()) for name in self.terms]
+        numbers = [(before * counted).sum(), (after * counted).sum(), tokens.sum()]
+        zero, one = tokens.new_zeros(()), tokens.new_ones(())
+        numbers += [terms[name].float() if name in terms else zero for name in self.terms]
+        numbers += [one if name in terms else zero for name in self.terms]
         parts = [rows.sum(0) for rows in per_row] + [torch.stack(numbers)]
         parts += self._of_tasks(per_row[0], tokens, ids)
         sums = torch.cat(parts)
@@ -79,8 +81,8 @@ class RoutingStatistics:
             `tokens`; by expert, `load`: its share of the weight, `top1`: share of tokens that weigh it most,
             `chosen`: share of tokens that get any of it; `entropy_before` and `entropy_after` selection, in nats,
             mean over tokens; `effective_experts`: exp(entropy of load); `chosen_per_token`; `dead`: experts with less
-            than a hundredth of an even share; `balance`: by name, mean over calls, without coefficient; `tasks`: by
-            name, `tokens` and `load`.
+            than a hundredth of an even share; `balance`: by name, mean over the calls that had it, without
+            coefficient; `tasks`: by name, `tokens` and `load`.
         """
         sums = self.sums if sums is None else sums
         if sums is None:
@@ -88,11 +90,11 @@ class RoutingStatistics:
         e = self.num_experts
         values = sums.double().cpu()
         load, top1, chosen, numbers = values[:e], values[e : 2 * e], values[2 * e : 3 * e], values[3 * e :]
-        tokens, calls = numbers[2].item(), numbers[3].item()
+        tokens, n = numbers[2].item(), len(self.terms)
         if tokens == 0:
             return {}
         share = load / load.sum()
-        per_task = numbers[4 + len(self.terms) :].view(len(self.tasks), e + 1)
+        per_task = numbers[3 + 2 * n :].view(len(self.tasks), e + 1)
         return {
             "tokens": int(tokens),
             "load": share.tolist(),
@@ -103,7 +105,11 @@ class RoutingStatistics:
             "effective_experts": torch.special.entr(share).sum().exp().item(),
             "chosen_per_token": chosen.sum().item() / tokens,
             "dead": [i for i in range(num_base, e) if share[i] < DEAD / e],
-            "balance": {name: numbers[4 + i].item() / calls for i, name in enumerate(self.terms)},
+            "balance": {
+                name: (numbers[3 + i] / numbers[3 + n + i]).item()
+                for i, name in enumerate(self.terms)
+                if numbers[3 + n + i] > 0
+            },
             "tasks": {
                 name: {"tokens": int(row[e].item()), "load": (row[:e] / row[:e].sum()).tolist()}
                 for name, row in zip(self.tasks, per_task, strict=True)
