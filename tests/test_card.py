@@ -31,7 +31,7 @@ BY_TOKEN = [
         [
             "A MoLoRA adapter (MING-MOE, [arXiv 2404.09027](https://arxiv.org/abs/2404.09027)) for `me/base`",
             "gives each token the best 2 of 8 LoRA experts of rank 4, weighed by their scores. Layers that",
-            "| num_experts_pattern | `{'[^.]*(?i:attn\\|attention)[^.]*\\\\..+': 1}` |",
+            "| num_experts_pattern | `{'[^.]*(?i:attn\\|attention)",
             "| balance_loss | `{'switch': 0.01}` |",
             "| top_k | 2 |",
             "title     = {{MING-MOE}: Enhancing Medical Multi-Task Learning",

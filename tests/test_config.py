@@ -149,7 +149,10 @@ REFUSED_BY_MOLORA = [
     ({"num_shared_experts": -1}, r"num_shared_experts=-1 is a number of experts; give a number from 0 up"),
     ({"num_shared_experts": 1.0}, r"num_shared_experts=1\.0 is a number of experts; give 0 or more"),
     ({"num_shared_experts": True}, r"num_shared_experts=True"),
-    ({"balance_loss": "switch", "top_k": 8}, r"top_k=8 of 8 experts chooses all.*use 'variance' or 'cv2', or a sm"),
+    (
+        {"balance_loss": "switch", "top_k": 8},
+        r"top_k=8 of 8 experts chooses all.*use 'variance' or 'cv2', or choose fewer",
+    ),
     ({"balance_loss": {"switch": 0.1}, "num_experts": 2}, r"top_k=2 of 2 experts chooses all"),
 ]
 REFUSED_BY_MEDMOE = [
@@ -171,8 +174,8 @@ REFUSED_BY_MEDMOE = [
     ({"general_tasks": ["a"], "tasks": ["a", "b"]}, r"base_expert_mode='frozen' and general_tasks=\['a'\]"),
     ({**GENERAL, "general_tasks": ["mmlu"]}, r"general tasks are some of the tasks, and not all; unknown: \['mmlu'\]"),
     ({**GENERAL, "general_tasks": ["chat", "icd"]}, r"some of the tasks, and not all"),
-    ({**GENERAL, "num_base_experts": 0}, r"num_base_experts=0 and balance_loss='variance': it needs a base expert"),
-    ({**GENERAL, **GROUPS, "balance_loss": "localized"}, r"and brings the localized loss itself"),
+    ({**GENERAL, "num_base_experts": 0}, r"'general' trains base experts, and num_base_experts=0; give 1"),
+    ({**GENERAL, **GROUPS, "balance_loss": "localized"}, r"'localized': it brings the localized loss itself"),
     ({"temperature": 0.05}, r"temperature=0\.05 is the temperature at the start; give a number from 0\.1 up"),
     ({"temperature": math.inf}, r"temperature=inf"),
     ({"temperature": None}, r"temperature=None"),
@@ -218,7 +221,9 @@ def test_defaults_of_medmoelora_are_those_of_the_paper_or_say_that_they_are_ours
     assert (config.num_base_experts, config.base_expert_mode, config.inference_top_k) == (1, "frozen", None)
     assert (config.balance_loss, config.coefficients) == ("variance", {"variance": 0.01})
     assert (config.temperature, config.learn_temperature) == (1.0, True)
-    config.resolve([f"model.layers.{i}.mlp.up_proj" for i in range(32)])
+    keys = [f"model.layers.{i}.mlp.up_proj" for i in range(32)]
+    config.resolve_layers([*keys, *(f"vision.layers.{i}.q" for i in range(5))], keys)
+    assert config.experts_per_layer.keys() == {"model.layers"}  # of what is targeted
     counts = config.experts_per_layer["model.layers"]
     # 2 experts up to the paper's layer 10, 8 at the end
     assert (counts[0], counts[9], counts[31]) == (2, 2, 8)
@@ -264,7 +269,7 @@ def test_patterns_alphas_and_rslora_reach_the_experts_of_medmoelora():
         expert_schedule=[2, 3], expert_ranks=[4, 16], base_expert_mode="regularized", num_base_experts=2,
         rank_pattern={"fc1": 8}, alpha_pattern={"fc2": 8}, num_experts_pattern={"q_proj": 1},
     )  # fmt: skip
-    config.resolve(["layers.0.fc1", "layers.1.fc1"])
+    config.resolve_layers(["layers.0.fc1", "layers.1.fc1"], ["layers.1.fc1"])
     assert config.experts_at("layers.1.x") == ((4, 4, 4, 16, 4), (2.0,) * 5)  # base experts first, of the smallest rank
     assert config.experts_at("layers.0.x").ranks == (4, 4, 4, 16)
     assert config.experts_at("layers.1.fc1") == ((4, 4, 8, 8, 8), (2.0,) * 5)
@@ -419,7 +424,7 @@ def test_experts_per_layer_are_found_once_and_kept_on_load(tmp_path):
 def test_an_adapter_for_a_model_of_another_depth_is_refused(depth, tmp_path):
     config = MedMoeLoraConfig(task_type="CAUSAL_LM", num_experts=3, expert_ranks=1, target_modules=["up_proj"])
     get_peft_model(of_depth(4), config).save_pretrained(tmp_path)
-    said = rf"experts_per_layer is for 4 layers in 'model\.layers', and this model has {depth}.*leave experts_per_layer"
+    said = rf"layers \{{'model.layers': 4\}} and the .* of this model are \{{'model.layers': {depth}\}}.*leave exp"
     with pytest.raises(ValueError, match=said):
         PeftModel.from_pretrained(of_depth(depth), tmp_path)
     with pytest.raises(ValueError, match=said):
@@ -429,8 +434,8 @@ def test_an_adapter_for_a_model_of_another_depth_is_refused(depth, tmp_path):
 def test_a_model_with_other_layers_is_refused(tmp_path):
     config = MedMoeLoraConfig(num_experts=3, expert_ranks=1, target_modules=["up_proj"])
     get_peft_model(make_model("llama"), config)
-    with pytest.raises(ValueError, match=r"for 2 layers in 'model\.layers', and this model has 0"):
-        get_peft_model(make_model("bert"), config)
+    with pytest.raises(ValueError, match=r"layers \{'model.layers': 2\} and .* are \{'layers': 2\}"):
+        get_peft_model(make_model("llama").model, config)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from peft_moe.routing import (
     BalanceTerm,
     Batch,
     Ledger,
+    OutsideScale,
     RoutingStatistics,
     TokenGate,
     TokenRouter,
@@ -302,7 +303,7 @@ def test_weights_are_the_same_bits_in_training_and_evaluation_in_half_precision(
 def test_a_balance_loss_is_charged_in_training_and_leaves_the_weights_alone():
     router, x = make_router(balance=[BalanceTerm("variance", variance, 0.5)]), make_x(2, 3, 6)
     mask = torch.tensor([[True, True, False], [True, True, True]])
-    ledger = Ledger(1.0)
+    ledger = Ledger(OutsideScale())
     view = View(batch=Batch(2, tokens=3, mask=mask), ledger=ledger)
     weights = router.train()(x, view)
     assert torch.equal(weights, softmax(router.gate(x)))
@@ -327,15 +328,15 @@ def test_labels_reach_the_localized_loss_by_the_task_of_each_row():
         "rows repeated as beams are": (torch.tensor([0, 1]), matches[[0, 0, 1, 1]]),
     }  # fmt: skip
     for ids, expected in of_rows.values():
-        ledger = Ledger(1.0)
+        ledger = Ledger(OutsideScale())
         weights = router(x, View(ids=ids, ledger=ledger))
         loss = localized(Routed(router.gate(x), weights, None, expected), delta=0.3)
         torch.testing.assert_close(ledger.charged["default.localized"][0], loss.detach())
     with pytest.raises(ValueError, match="no task_ids were given"):
-        router(x, View(ledger=Ledger(1.0)))
+        router(x, View(ledger=Ledger(OutsideScale())))
     router.record([])
-    router(x, View())  # statistics can do without
-    assert router.statistics[True].read()["balance"] == {"localized": 0}
+    router.eval()(x, View())  # statistics can do without
+    assert router.statistics[False].read()["balance"] == {}
 
 
 # which tokens count
@@ -357,9 +358,12 @@ def test_a_mask_over_queries_and_keys_counts_the_tokens_that_some_query_sees():
     for mask in (seen, added, added.bfloat16(), added.masked_fill(~seen, -math.inf)):
         assert torch.equal(keep_mask(mask), MASK.bool())
         assert keep_mask(mask[:, :, -2:]) is None  # with a cache, whose slots may not be in use
+        assert torch.equal(keep_mask({"full_attention": mask}), MASK.bool())
+    assert torch.equal(keep_mask(seen.long()), MASK.bool())
+    assert torch.equal(keep_mask(seen[:, 0]), MASK.bool())
 
 
-@pytest.mark.parametrize("mask", [None, "auto", {"full_attention": MASK}, MASK[0], MASK.unsqueeze(1)])
+@pytest.mark.parametrize("mask", [None, "auto", {}, MASK[0], MASK.unsqueeze(1)])
 def test_what_is_no_mask_over_tokens_is_none(mask):
     assert keep_mask(mask) is None
 
@@ -592,7 +596,7 @@ def test_a_router_records_training_and_evaluation_apart():
     assert (training["tokens"], evaluation["tokens"]) == (8, 5)
     assert (training["tasks"]["a"]["tokens"], evaluation["tasks"]) == (8, {})
     assert len(training["load"]) == 4  # shared experts are not routed
-    router.train()(x, View(again=True))  # a recomputation for backward
+    router.train()(x, View(counted=False))  # a recomputation for backward
     assert router.statistics[True].read()["tokens"] == 8
 
 

@@ -462,7 +462,7 @@ GROUPS = {"tasks": ["chat", "icd", "rad"], "expert_groups": {"general": ["chat"]
 MEANT_FOR = {  # config, and which experts are meant for the rows of each task
     "MoLoRA": (molora(num_experts=4, **GROUPS), [[1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]),
     "MoLoRA, uneven": (molora(num_experts=5, **GROUPS), [[1, 1, 1, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 1, 1]]),
-    "Med-MoE-LoRA": (medmoe(expert_schedule=[2], **GROUPS), [[0, 1, 0], [0, 0, 1], [0, 0, 1]]),
+    "Med-MoE-LoRA": (medmoe(expert_schedule=[2], **GROUPS), [[1, 0], [0, 1], [0, 1]]),
     "general data": (
         medmoe(expert_schedule=[2], base_expert_mode="general", general_tasks=["chat"], tasks=GROUPS["tasks"]),
         [[1, 0, 0], [0, 1, 1], [0, 1, 1]],

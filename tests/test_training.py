@@ -238,7 +238,6 @@ def test_routing_is_logged_by_layer_and_in_short_for_training_and_evaluation(tmp
         assert entry[f"{prefix}/balance/cv2"] >= 0
         assert entry[f"{prefix}/largest_load"] >= max(loads)
     assert not model.recording  # off again, and so free of cost
-    assert model.context.outside_scale == 1 / 2  # accumulation steps, for losses that are not the model's
 
 
 def test_the_summary_alone_is_a_few_numbers(tmp_path, data):

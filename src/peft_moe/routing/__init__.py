@@ -3,7 +3,7 @@
 from .batch import Batch, keep_mask
 from .context import RoutingContext, View
 from .gates import TaskGate, TokenGate
-from .ledger import Ledger
+from .ledger import Ledger, OutsideScale
 from .router import BalanceTerm, Router, TaskRouter, TokenRouter
 from .select import softmax, top_k, top_p
 from .statistics import RoutingStatistics
@@ -13,6 +13,7 @@ __all__ = [
     "BalanceTerm",
     "Batch",
     "Ledger",
+    "OutsideScale",
     "Router",
     "RoutingContext",
     "RoutingStatistics",
