@@ -149,6 +149,11 @@ REFUSED_BY_MOLORA = [
     ({"num_shared_experts": -1}, r"num_shared_experts=-1 is a number of experts; give a number from 0 up"),
     ({"num_shared_experts": 1.0}, r"num_shared_experts=1\.0 is a number of experts; give 0 or more"),
     ({"num_shared_experts": True}, r"num_shared_experts=True"),
+    ({"num_shared_experts": 2, "num_experts": 1}, r"num_shared_experts=2 stand beside .* r=48"),
+    ({"router_bias": "no"}, r"router_bias='no' is a yes or no"),
+    ({"balance_loss": "switch", "top_p": 1.0}, r"top_p=1 chooses all"),
+    ({"expert_groups": {"x": {"a"}}, "tasks": ["a"]}, r"expert_groups=\{'x': \{'a'\}\}; give"),
+    ({"expert_groups": ["a"], "tasks": ["a"]}, r"expert_groups=\['a'\]; give"),
     (
         {"balance_loss": "switch", "top_k": 8},
         r"top_k=8 of 8 experts chooses all.*use 'variance' or 'cv2', or choose fewer",
@@ -170,6 +175,11 @@ REFUSED_BY_MEDMOE = [
     ({"num_base_experts": True}, r"num_base_experts=True"),
     ({"base_coefficient": -0.1}, r"base_coefficient=-0\.1 is the weight of a loss"),
     ({"base_expert_rank": 0}, r"base_expert_rank=0 is the rank of the base expert"),
+    ({"base_expert_rank": 4}, r"base_expert_rank=4: a frozen base expert has no matrices"),
+    ({"base_expert_mode": "regularized", "num_base_experts": 0}, r"trains base experts, and num_base_experts=0"),
+    ({"learn_temperature": "false"}, r"learn_temperature='false' is a yes or no"),
+    ({"experts_per_layer": {"model.layers": [2, -2]}}, r"experts_per_layer\['model.layers'\]\[1\]=-2"),
+    ({"experts_per_layer": [2, 3]}, r"experts_per_layer=\[2, 3\]; it is set by itself"),
     ({"base_expert_mode": "general"}, r"mode 'general' trains the base expert on rows of general data; give both"),
     ({"general_tasks": ["a"], "tasks": ["a", "b"]}, r"base_expert_mode='frozen' and general_tasks=\['a'\]"),
     ({**GENERAL, "general_tasks": ["mmlu"]}, r"general tasks are some of the tasks, and not all; unknown: \['mmlu'\]"),
@@ -459,3 +469,40 @@ def test_an_encoder_and_a_decoder_have_a_schedule_each():
     # 2 + ⌊2 (l/2)²⌋ for l = 1, 2
     assert model.peft_config["default"].experts_per_layer == {"encoder.block": [2, 4], "decoder.block": [2, 4]}
     assert [n - 1 for n in routers_of(model).values()] == [2, 4, 2, 4]
+
+
+IN_ATTENTION = [  # name of a module in some architecture, and whether it is attention's
+    ("model.layers.0.self_attn.q_proj", True),
+    ("transformer.h.0.attn.c_attn", True),
+    ("encoder.block.0.layer.0.SelfAttention.q", True),
+    ("bert.encoder.layer.0.attention.output.dense", True),
+    ("model.layers.0.temporal_block.q_proj", True),
+    ("model.layers.0.mixer.o_proj", True),
+    ("bert.encoder.layer.0.intermediate.dense", False),
+    ("bert.encoder.layer.0.output.dense", False),
+    ("perceiver.encoder.cross_attention.mlp.dense1", False),
+    ("model.layers.0.mlp.gate_proj", False),
+    ("model.decoder.layers.0.fc1", False),
+]
+
+
+@pytest.mark.parametrize(("key", "attention"), IN_ATTENTION)
+def test_the_recipe_knows_attention_by_the_names_of_modules(key, attention):
+    config = MoLoraConfig(target_modules="all-linear")
+    config.resolve([key, "model.layers.0.self_attn.q_proj"])
+    assert config.routed_at(key) == (1 if attention else 8)
+
+
+def test_layers_with_fewer_experts_than_groups_are_refused():
+    groups = {"tasks": ["a", "b", "c"], "expert_groups": {"x": ["a"], "y": ["b"], "z": ["c"]}}
+    config = MedMoeLoraConfig(balance_loss="localized", target_modules=["up_proj"], expert_schedule=[3, 2], **groups)
+    with pytest.raises(ValueError, match=r"3 groups, and 'model\.layers\.1\.mlp\.up_proj' has 2 experts"):
+        get_peft_model(make_model("llama"), config)
+
+
+def test_a_switch_loss_without_gradient_in_one_layer_is_refused_for_that_layer():
+    config = MoLoraConfig(
+        balance_loss="switch", top_k=2, num_experts_pattern={"up_proj": 2}, target_modules=["up_proj", "down_proj"]
+    )
+    with pytest.raises(ValueError, match="top_k=2 of 2 experts chooses all"):
+        get_peft_model(make_model("llama"), config)

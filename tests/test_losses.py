@@ -268,3 +268,25 @@ def test_a_loss_does_not_depend_on_the_order_of_tokens_in_rows(name):
     order = [3, 0, 4, 1, 2]
     shuffled = routed._replace(scores=routed.scores[:, order], weights=routed.weights[:, order])
     torch.testing.assert_close(LOSSES[name](shuffled), LOSSES[name](routed), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("groups", [[[0], [1, 2, 3]], [[0, 1, 2], [3, 4, 5], [6, 7]]])
+def test_the_localized_loss_can_reach_zero_for_groups_of_any_size(groups):
+    """Where each row gives its own experts (1 + δ) / (1 - δ) times as much as the others."""
+    experts = sum(map(len, groups))
+    matches = torch.zeros(len(groups), experts, dtype=torch.bool)
+    for row, own in enumerate(groups):
+        matches[row, own] = True
+    weights = torch.where(matches, 1 / 0.7, 1 / 1.3)
+    weights = (weights / weights.sum(-1, keepdim=True)).unsqueeze(1)
+    assert localized(Routed(weights.log(), weights, matches=matches), delta=0.3) < 1e-12
+    assert localized(Routed(weights.log(), weights.flip(-1), matches=matches), delta=0.3) > 1e-3
+
+
+def test_base_experts_without_a_column_in_the_labels_take_no_part_in_the_localized_loss():
+    weights = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    matches = torch.tensor([[True, True, False, False], [False, False, True, True]])
+    without = weights[..., 1:]
+    q = without.sum(1) / without.sum((1, 2)).unsqueeze(1)  # shares of the special experts
+    expected = localized(Routed(weights, q.unsqueeze(1), matches=matches), delta=0.2)
+    torch.testing.assert_close(localized(Routed(weights, weights, matches=matches, num_base=1), delta=0.2), expected)

@@ -196,3 +196,16 @@ def test_the_stacks_of_a_real_model_are_its_layers(name):
 
 def test_a_model_without_numbered_layers_has_no_stacks():
     assert stacks(["", "fc1", "fc2"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "layer"),
+    [
+        ("0.auto_model.encoder.layer.3.attention.q", ("0.auto_model.encoder.layer", 3)),  # nn.Sequential around a model
+        ("1.dense", ("", 1)),
+        ("model.layers.3.mlp.experts.7.up_proj", ("model.layers", 3)),
+        ("lm_head", None),
+    ],
+)
+def test_a_number_at_the_start_of_a_name_counts_only_if_there_is_no_other(key, layer):
+    assert layer_of(key) == layer

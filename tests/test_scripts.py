@@ -183,6 +183,16 @@ def test_token_routed_methods_are_trained_scored_resumed_and_their_routing_logge
     assert not equal(again, out / "checkpoint-2")
 
 
+def test_other_fields_of_a_config_are_given_as_a_mapping(recipe, tmp_path):
+    change_method(recipe, "molora")
+    groups = {"expert_groups": {"x": ["size"], "y": ["leaf"]}, "localized_delta": 0.2}
+    settings = yaml.safe_load(recipe.read_text()) | {"balance_loss": "localized", "adapter_options": groups}
+    recipe.write_text(yaml.safe_dump(settings))
+    main([str(recipe), "--log_routing", "no"])
+    config = PeftConfig.from_pretrained(tmp_path / "out")
+    assert (config.expert_groups, config.localized_delta) == (groups["expert_groups"], 0.2)
+
+
 def test_a_setting_of_another_method_is_refused(recipe):
     with pytest.raises(ValueError, match="--method lora has no num_experts; leave out what is of other methods"):
         main([str(recipe), "--method", "lora"])

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from peft_moe import MedMoeLoraConfig, MoLoraConfig, fold
+from peft_moe.routing import Batch
 
 SIZES = {
     "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8,
@@ -541,3 +542,49 @@ def test_an_adapter_added_by_transformers_gets_its_balance_loss(kind):
     routers = [key for key in gradients[0] if "moelora_router" in key]
     assert routers
     assert not any(torch.allclose(gradients[0][key], gradients[1][key], rtol=1e-3) for key in routers)
+
+
+def test_a_reload_into_empty_tensors_keeps_routers_exact_on_a_half_precision_base(tmp_path):
+    torch.manual_seed(0)
+    config = MoLoraConfig(task_type="CAUSAL_LM", target_modules=["up_proj"], init_lora_weights=False)
+    model = get_peft_model(make_model("llama").bfloat16(), config)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model("llama").bfloat16(), tmp_path, low_cpu_mem_usage=True)
+    routers = dict(model.routers())
+    assert len(routers) == 2
+    for key, router in loaded.routers():
+        assert router.gate.weight.dtype == torch.float32
+        assert torch.equal(router.gate.weight, routers[key].gate.weight), key
+
+
+def test_an_adapter_that_is_added_while_recording_is_recorded_too():
+    config = MoLoraConfig(task_type="CAUSAL_LM", target_modules=["up_proj"])
+    model = get_peft_model(make_model("llama"), config).eval()
+    model.record_routing()
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    model(**make_inputs("llama"))
+    assert len(model.routing_statistics()) == 2
+
+
+def test_what_is_generated_is_not_recorded():
+    config = MoLoraConfig(task_type="CAUSAL_LM", target_modules=["up_proj"])
+    model = get_peft_model(make_model("llama"), config).eval()
+    model.record_routing()
+    inputs = make_inputs("llama", labels=False)
+    model(**inputs)
+    before = model.routing_statistics()
+    model.generate(**inputs, max_new_tokens=2, pad_token_id=0)
+    assert model.routing_statistics() == before
+
+
+def test_padding_that_cannot_be_told_is_warned_of_where_a_balance_loss_would_count_it():
+    config = MoLoraConfig(task_type="CAUSAL_LM", target_modules=["up_proj"], balance_loss="cv2")
+    model, inputs = get_peft_model(make_model("llama"), config).train(), make_inputs("llama")
+    (_, router), *_ = model.routers()
+    batch = Batch(3, tokens=9, mask=torch.ones(3, 9, dtype=torch.bool))
+    said = r"inputs of shape \(3, 4, 32\), which attention_mask does not fit"
+    call = model.context.call(None, active=["default"], batch=batch, training=True)
+    with call, pytest.warns(UserWarning, match=said):
+        router(torch.randn(3, 4, 32), model.context.view("default"))
+    model(**inputs).loss.backward()  # no warning where it fits

@@ -59,9 +59,23 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         self.moelora_bank[adapter_name] = bank.train(self.training)
         if router is not None:
             routers: Any = self.shared_routers if shared else self.moelora_router
-            routers[adapter_name] = router
+            routers[adapter_name] = router.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As in peft, but routers keep their type: rounded to the base layer's, near ties would fall another way."""
+        if adapter_name not in self.moelora_router:
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+            return
+        router = self.moelora_router[adapter_name]
+        del self.moelora_router[adapter_name]
+        try:
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        finally:
+            self.moelora_router[adapter_name] = router
+        if not any(p.is_meta for p in router.parameters()):
+            router.to(device=device or self._bank(adapter_name).lora_A.weight.device)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters and self.merged:
