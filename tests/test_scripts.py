@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,30 @@ def test_token_routed_methods_are_trained_scored_resumed_and_their_routing_logge
     main([str(recipe), "--output_dir", str(again), "--resume_from_checkpoint", str(out / "checkpoint-2")])
     assert equal(again, out)
     assert not equal(again, out / "checkpoint-2")
+
+
+@pytest.mark.parametrize("method", ["molora", "medmoelora"])
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma3", "mixtral"])
+def test_recipes_of_token_routed_methods_run_on_other_architectures(architecture, method, data, tmp_path):
+    model = make_model(architecture)
+    model.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    flags = {
+        "model_name_or_path": tmp_path / "base", "dataset": data, "output_dir": tmp_path / "out", "max_steps": 1,
+        "per_device_train_batch_size": 2, "max_new_tokens": 1, "report_to": "none", "use_cpu": True, "dtype": "float32",
+    }  # fmt: skip
+    arguments = [str(ROOT / "recipes" / f"{method}.yaml"), *(str(p) for k, v in flags.items() for p in (f"--{k}", v))]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if architecture == "mixtral" and method == "molora":
+            with pytest.raises(
+                ValueError, match="all linear layers of this model are attention's; give num_experts_pat"
+            ):
+                main(arguments)
+            arguments += ["--num_experts_pattern", "{}"]
+        main(arguments)
+    assert any("experts of its own" in str(w.message) for w in caught) == (architecture == "mixtral")
+    assert (tmp_path / "out" / WEIGHTS).exists()
 
 
 def test_other_fields_of_a_config_are_given_as_a_mapping(recipe, tmp_path):

@@ -5,39 +5,17 @@ import torch
 from helpers import TARGETS, adapter_gradients, logits, routed_layers
 from peft import AutoPeftModelForCausalLM, PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file
-from tiny_models import BOS, BUILDERS, EOS, HIDDEN, PAD, TASK_TYPES, VOCAB, make_inputs
-from tiny_models import make_model as make_tiny_model
+from tiny_models import BUILDERS, FURTHER, HIDDEN, PAD, SIZES, TASK_TYPES, make_inputs, make_model
 from transformers import (
     AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from peft_moe import MedMoeLoraConfig, MoLoraConfig, fold
 from peft_moe.routing import Batch
 
-SIZES = {
-    "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-    "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
-}  # fmt: skip
-# Beside those of tiny_models; the Gemmas have one layer with a sliding window and one without.
-WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
-FURTHER = {
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, **WINDOWS)),
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **WINDOWS)),
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
-}
 ATTENTION = ["q_proj", "v_proj"]
 ALL_TARGETS = TARGETS | dict.fromkeys(["qwen2", "gemma2", "gemma3"], TARGETS["llama"]) | {"mixtral": ATTENTION}
 CAUSAL = ["llama", "gpt2", "opt", *FURTHER]
@@ -55,14 +33,6 @@ KINDS = {
     ),
 }
 MAIN = ["molora", "medmoe"]
-
-
-def make_model(name, *, seed=0):
-    if name in BUILDERS:
-        return make_tiny_model(name, seed=seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return FURTHER[name]().eval()
 
 
 def inputs_for(name, **sizes):

@@ -4,13 +4,21 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -73,12 +81,26 @@ def _vit() -> PreTrainedModel:
 
 BUILDERS = {"llama": _llama, "gpt2": _gpt2, "opt": _opt, "bert": _bert, "t5": _t5, "vit": _vit}
 
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
+}  # fmt: skip
+# Causal models for what is about token routing; the Gemmas have one layer with a sliding window and one without.
+_WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+FURTHER = {
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, **_WINDOWS)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **_WINDOWS)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
+}
+
 
 def make_model(name: str, *, seed: int = 0) -> PreTrainedModel:
     """A fresh model in eval mode; the same name and seed give the same weights, and the global RNG is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return BUILDERS[name]().eval()
+        return (BUILDERS | FURTHER)[name]().eval()
 
 
 def make_inputs(
