@@ -30,10 +30,11 @@ from transformers import (
 
 from peft_moe import MedMoeLoraConfig, MoeConfig, MoeLoraConfig, MoLoraConfig, TokenRoutedConfig
 from peft_moe.arguments import parse_arguments
+from peft_moe.callbacks import BalanceScale, RoutingCallback
 from peft_moe.card import model_card, tags_of
 from peft_moe.data import TaskInfo, encode, mix, read_examples, read_task_info, take_per_task
 from peft_moe.evaluation import table
-from peft_moe.training import BalanceScale, RoutingCallback, TaskCollator, TaskEvaluation, score_with_trainer
+from peft_moe.training import TaskCollator, TaskEvaluation, score_with_trainer
 
 
 @dataclass

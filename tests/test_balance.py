@@ -15,8 +15,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from peft_moe import MedMoeLoraConfig, MoLoraConfig
+from peft_moe.callbacks import BalanceScale
 from peft_moe.losses import BALANCE_LOSSES, Routed
-from peft_moe.training import BalanceScale, TaskCollator
+from peft_moe.training import TaskCollator
 
 ARCHITECTURES = ["llama", "gpt2", "opt", "bert", "t5", "vit"]
 KINDS = ["molora", "medmoe"]

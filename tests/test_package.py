@@ -110,7 +110,7 @@ ORDER = [
     {"_register"},
     {"fold"},
     {"metrics", "reading", "arguments", "data"},
-    {"evaluation", "training", "card"},
+    {"callbacks", "evaluation", "training", "card"},
     {"cli"},
 ]
 

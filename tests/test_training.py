@@ -20,9 +20,10 @@ from transformers import (
 )
 
 from peft_moe import MedMoeLoraConfig, MoeLoraConfig, MoLoraConfig
+from peft_moe.callbacks import RoutingCallback, is_collapsed
 from peft_moe.data import encode, read_examples, read_task_info
 from peft_moe.evaluation import evaluate_tasks
-from peft_moe.training import RoutingCallback, TaskCollator, TaskEvaluation, is_collapsed, score_with_trainer
+from peft_moe.training import TaskCollator, TaskEvaluation, score_with_trainer
 
 TASKS = ["size", "leaf"]
 COLLATORS = {

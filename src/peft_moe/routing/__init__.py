@@ -1,7 +1,8 @@
 """From what a call was told, or a layer sees, to the weight of each expert: `Router(gate, select)`."""
 
 from .batch import Batch, keep_mask
-from .context import RoutingContext, View
+from .call import View
+from .context import RoutingContext
 from .gates import TaskGate, TokenGate
 from .ledger import Ledger, OutsideScale
 from .router import BalanceTerm, Router, TaskRouter, TokenRouter

@@ -6,84 +6,15 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from .batch import Batch
+from .call import HOW, Call, Tasks, View
 from .ledger import Ledger, OutsideScale
 from .tasks import Task, TaskIds, encode_tasks, list_tasks
-
-HOW = (
-    "pass task_ids= to model(...) or model.generate(...), choose one task for all calls with model.set_task(...), or "
-    "set default_task in the config. In a Trainer, task_ids is a column of the dataset; a collator or trainer that "
-    "drops it needs peft_moe.training.TaskCollator and remove_unused_columns=False."
-)
-
-
-class Tasks(Protocol):
-    """The tasks that one adapter knows: its config."""
-
-    @property
-    def task_names(self) -> list[str]: ...
-
-    @property
-    def default_task(self) -> Task | None: ...
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What one call was told.
-
-    Args:
-        told: its `task_ids` as they were given.
-        ids: the same by adapter, (n,) or (n, k); adapters without any are left out.
-        batch: its input.
-        kept: what routers have computed in it and need not compute again.
-        ledger: where balance losses go; None unless it is a training call.
-        counted: whether statistics have it: not what is generated.
-    """
-
-    told: TaskIds | None = None
-    ids: dict[str, torch.Tensor] = field(default_factory=dict)
-    batch: Batch | None = None
-    kept: dict[Any, torch.Tensor] = field(default_factory=dict)
-    ledger: Ledger | None = None
-    counted: bool = True
-
-
-@dataclass(frozen=True)
-class View:
-    """What the routers of one adapter see of a call.
-
-    Args:
-        adapter: its name.
-        names: the tasks that it knows.
-        ids: (n,) or (n, k) padded with -1; None if the call has none.
-        batch: the call's input.
-        kept: what routers have computed in the call and need not compute again.
-        ledger: where balance losses go; None unless it is a training call.
-        counted: whether statistics have it: not what is generated, nor what runs again for backward.
-    """
-
-    adapter: str = "default"
-    names: Sequence[str] = ()
-    ids: torch.Tensor | None = None
-    batch: Batch | None = None
-    kept: dict[Any, torch.Tensor] | None = None
-    ledger: Ledger | None = None
-    counted: bool = True
-
-    def tasks(self) -> torch.Tensor:
-        """The ids.
-
-        Raises:
-            ValueError: there are none; the message lists the tasks and says how to give one.
-        """
-        if self.ids is None:
-            raise ValueError(f"No task was given, and adapter {self.adapter!r} knows {list_tasks(self.names)}: {HOW}")
-        return self.ids
 
 
 class RoutingContext:
@@ -102,7 +33,7 @@ class RoutingContext:
         self._tasks: dict[str, Tasks] = {}
         self._chosen: Task | Sequence[Task] | None = None
         self._chosen_ids: dict[str, torch.Tensor] = {}
-        self._call = _Call()
+        self._call = Call()
         self._depth = 0
         self._warned = False
         self.outside = OutsideScale()
@@ -110,7 +41,7 @@ class RoutingContext:
         self._turn = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"_call": _Call(), "_depth": 0, "last_ledger": None}
+        fresh = {"_call": Call(), "_depth": 0, "last_ledger": None}
         return {name: value for name, value in vars(self).items() if name != "_turn"} | fresh
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -192,7 +123,7 @@ class RoutingContext:
         return self._depth > 0
 
     @property
-    def current(self) -> _Call | None:
+    def current(self) -> Call | None:
         """The call that layers are being run for; in backward that is the last one; outside of both there is none."""
         # Private, but what torch's own checkpointing asks to tell a recomputation from a forward.
         return self._call if self._depth or torch._C._current_graph_task_id() != -1 else None
@@ -203,7 +134,7 @@ class RoutingContext:
         return self._call.told
 
     @contextmanager
-    def replay(self, call: _Call) -> Iterator[None]:
+    def replay(self, call: Call) -> Iterator[None]:
         """Run layers for an earlier call again."""
         with self._turn:
             before, self._call = self._call, call
@@ -250,7 +181,7 @@ class RoutingContext:
 
     def _resolve(
         self, task_ids: TaskIds | None, active: Sequence[str], batch: Batch | None = None, training: bool = False
-    ) -> _Call:
+    ) -> Call:
         if task_ids is not None and active and not any(adapter in self._tasks for adapter in active):
             raise ValueError(
                 f"task_ids={task_ids!r} were given, and adapter {active[0]!r} knows no tasks; name them in its config "
@@ -273,7 +204,7 @@ class RoutingContext:
                 else:
                     self._warn_of_default(tasks.default_task, training)
             found[adapter] = ids if batch is None else ids.to(batch.device)
-        return _Call(task_ids, found, batch)
+        return Call(task_ids, found, batch)
 
     def _check_rows(self, ids: torch.Tensor, batch: Batch | None) -> None:
         if batch is not None and ids.shape[0] not in (1, batch.rows):

@@ -38,7 +38,7 @@ class OutsideScale:
             warnings.warn(
                 "The loss was computed outside of the model, which does not show how much a call weighs in it, so "
                 "that the balance loss is added to each backward with weight 1. With gradient accumulation, call "
-                "model.set_balance_scale(1 / steps), or give a Trainer the callback peft_moe.training.BalanceScale.",
+                "model.set_balance_scale(1 / steps), or give a Trainer the callback peft_moe.callbacks.BalanceScale.",
                 UserWarning,
                 stacklevel=2,
             )

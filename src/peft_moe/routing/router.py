@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from ..losses import Routed
 from .batch import Batch
-from .context import View
+from .call import View
 from .gates import TaskGate, TokenGate
 from .statistics import RoutingStatistics
 

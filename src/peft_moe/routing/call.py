@@ -1,0 +1,83 @@
+"""What one call was told about its rows, and what routers see of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from .batch import Batch
+from .ledger import Ledger
+from .tasks import Task, TaskIds, list_tasks
+
+HOW = (
+    "pass task_ids= to model(...) or model.generate(...), choose one task for all calls with model.set_task(...), or "
+    "set default_task in the config. In a Trainer, task_ids is a column of the dataset; a collator or trainer that "
+    "drops it needs peft_moe.training.TaskCollator and remove_unused_columns=False."
+)
+
+
+class Tasks(Protocol):
+    """The tasks that one adapter knows: its config."""
+
+    @property
+    def task_names(self) -> list[str]: ...
+
+    @property
+    def default_task(self) -> Task | None: ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call was told.
+
+    Args:
+        told: its `task_ids` as they were given.
+        ids: the same by adapter, (n,) or (n, k); adapters without any are left out.
+        batch: its input.
+        kept: what routers have computed in it and need not compute again.
+        ledger: where balance losses go; None unless it is a training call.
+        counted: whether statistics have it: not what is generated.
+    """
+
+    told: TaskIds | None = None
+    ids: dict[str, torch.Tensor] = field(default_factory=dict)
+    batch: Batch | None = None
+    kept: dict[Any, torch.Tensor] = field(default_factory=dict)
+    ledger: Ledger | None = None
+    counted: bool = True
+
+
+@dataclass(frozen=True)
+class View:
+    """What the routers of one adapter see of a call.
+
+    Args:
+        adapter: its name.
+        names: the tasks that it knows.
+        ids: (n,) or (n, k) padded with -1; None if the call has none.
+        batch: the call's input.
+        kept: what routers have computed in the call and need not compute again.
+        ledger: where balance losses go; None unless it is a training call.
+        counted: whether statistics have it: not what is generated, nor what runs again for backward.
+    """
+
+    adapter: str = "default"
+    names: Sequence[str] = ()
+    ids: torch.Tensor | None = None
+    batch: Batch | None = None
+    kept: dict[Any, torch.Tensor] | None = None
+    ledger: Ledger | None = None
+    counted: bool = True
+
+    def tasks(self) -> torch.Tensor:
+        """The ids.
+
+        Raises:
+            ValueError: there are none; the message lists the tasks and says how to give one.
+        """
+        if self.ids is None:
+            raise ValueError(f"No task was given, and adapter {self.adapter!r} knows {list_tasks(self.names)}: {HOW}")
+        return self.ids
