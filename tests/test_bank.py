@@ -22,7 +22,7 @@ def loop_over_experts(bank, x, weights):
     start = 0
     for i, r in enumerate(bank.ranks):
         a, b = bank.lora_A.weight[start : start + r], bank.lora_B.weight[:, start : start + r]
-        y = y + weights[..., i : i + 1] * bank.scaling * (x @ a.T @ b.T)
+        y = y + weights[..., i : i + 1] * bank.factors[i] * (x @ a.T @ b.T)
         start += r
     return y
 
@@ -137,3 +137,15 @@ def test_experts_with_factors_of_their_own_are_weighed_by_them():
     expected = loop_over_experts(same, x, weights * torch.tensor(factors))
     torch.testing.assert_close(bank(x, weights), expected)
     assert bank.state_dict().keys() == {"lora_A.weight", "lora_B.weight"}  # factors come from the config
+
+
+def test_a_bank_that_is_made_without_memory_keeps_what_is_not_saved():
+    """As peft's low_cpu_mem_usage, torch.device("meta") and to_empty() do it."""
+    real = make_bank((1, 4, 2), scaling=(2.0, 0.5, 1.0))
+    with torch.device("meta"):
+        empty = ExpertBank(in_features=5, out_features=6, ranks=(1, 4, 2), scaling=(2.0, 0.5, 1.0))
+    emptied = ExpertBank(in_features=5, out_features=6, ranks=(1, 4, 2), scaling=(2.0, 0.5, 1.0)).to_empty(device="cpu")
+    x, weights = torch.randn(3, 5, dtype=torch.double), torch.rand(3, 3, dtype=torch.double)
+    for bank in (empty, emptied):
+        bank.load_state_dict(real.state_dict(), assign=True)
+        torch.testing.assert_close(bank(x, weights), real(x, weights), rtol=1e-6, atol=1e-7)  # factors in float32

@@ -386,7 +386,7 @@ def test_equal_experts_and_equal_scores_are_one_lora(config, total):
     if gate.bias is not None:
         torch.nn.init.zeros_(gate.bias)
     x = torch.randn(3, 5, 7, dtype=torch.double)
-    torch.testing.assert_close(model(x), layer.base_layer(x) + total * bank.scaling * (x @ a.T @ b.T))
+    torch.testing.assert_close(model(x), layer.base_layer(x) + total * bank.factors[0] * (x @ a.T @ b.T))
 
 
 def test_equal_experts_are_one_lora_whatever_a_token_router_says():

@@ -28,7 +28,7 @@ class ExpertBank(nn.Module):
     """
 
     expert_of_rank: torch.Tensor | None
-    scaling: torch.Tensor | float
+    scaling: torch.Tensor | None
 
     def __init__(
         self,
@@ -44,22 +44,26 @@ class ExpertBank(nn.Module):
         super().__init__()
         self.ranks = tuple(ranks)
         self.num_anchored, self.anchor_coefficient = num_anchored, anchor_coefficient
-        self._factors = (scaling,) * len(ranks) if isinstance(scaling, (int, float)) else tuple(scaling)
-        if len(set(self._factors)) == 1:
-            self.scaling = self._factors[0]
-        else:
-            self.register_buffer("scaling", torch.tensor(self._factors), persistent=False)
+        self.factors = (scaling,) * len(ranks) if isinstance(scaling, (int, float)) else tuple(scaling)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.lora_A = nn.Linear(in_features, sum(ranks), bias=False)
         self.lora_B = nn.Linear(sum(ranks), out_features, bias=False)
-        mixed = len(set(ranks)) > 1
-        index = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)) if mixed else None
-        self.register_buffer("expert_of_rank", index, persistent=False)
+        self.register_buffer("expert_of_rank", None, persistent=False)  # where ranks differ
+        self.register_buffer("scaling", None, persistent=False)  # where factors differ
+        self._set_constants()
+
+    def _set_constants(self) -> None:
+        device = self.lora_A.weight.device
+        device = torch.device("cpu") if device.type == "meta" else device  # what they hold would be lost there
+        if len(set(self.ranks)) > 1:
+            index = [expert for expert, rank in enumerate(self.ranks) for _ in range(rank)]
+            self.expert_of_rank = torch.tensor(index, device=device)
+        if len(set(self.factors)) > 1:
+            self.scaling = torch.tensor(self.factors, device=device)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ExpertBank:
         super()._apply(fn, recurse)
-        if isinstance(self.scaling, torch.Tensor):  # exact again after .to(bfloat16), which casts buffers too
-            self.scaling = torch.tensor(self._factors, device=self.scaling.device)
+        self._set_constants()  # anew: .to(bfloat16) casts buffers too, and to_empty() empties them
         return self
 
     @torch.no_grad()
@@ -98,8 +102,8 @@ class ExpertBank(nn.Module):
     def _weigh(self, h: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """h (..., R) times the scaled weight of the expert that each rank belongs to."""
         if weights is None:
-            return h * self.scaling  # a bank of one
-        weights = (weights * self.scaling).to(h.dtype)
+            return h * self.factors[0]  # a bank of one
+        weights = (weights * (self.factors[0] if self.scaling is None else self.scaling)).to(h.dtype)
         if self.expert_of_rank is not None:
             return h * weights.index_select(-1, self.expert_of_rank)
         return (h.unflatten(-1, (len(self.ranks), -1)) * weights.unsqueeze(-1)).flatten(-2)
@@ -110,7 +114,7 @@ class ExpertBank(nn.Module):
         a = self.lora_A.weight[: sum(ranks)].float().split(ranks)
         b = self.lora_B.weight[:, : sum(ranks)].float().split(ranks, dim=1)
         # tr(AᵀBᵀBA) in rank space, without the (out, in) product
-        experts = zip(self._factors, a, b, strict=False)  # factors are of all experts
+        experts = zip(self.factors, a, b, strict=False)  # factors are of all experts
         with torch.autocast(self.lora_A.weight.device.type, enabled=False):
             return torch.stack([s**2 * ((b_i.T @ b_i) * (a_i @ a_i.T)).sum() for s, a_i, b_i in experts]).sum()
 
