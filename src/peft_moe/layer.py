@@ -64,7 +64,7 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """As in peft, but routers keep their type: rounded to the base layer's, near ties would fall another way."""
+        """As in peft, but routers keep their type: rounded to the base layer's and back, near ties fall another way."""
         if adapter_name not in self.moelora_router:
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
             return
@@ -76,6 +76,11 @@ class MoeLinear(nn.Module, BaseTunerLayer):
             self.moelora_router[adapter_name] = router
         if not any(p.is_meta for p in router.parameters()):
             router.to(device=device or self._bank(adapter_name).lora_A.weight.device)
+
+    def cast_router_like_bank(self, adapter_name: str) -> None:
+        """Give the router, which computes in float32 in any case, the type that the adapter's other weights have."""
+        if adapter_name in self.moelora_router:
+            self.moelora_router[adapter_name].to(self._bank(adapter_name).lora_A.weight.dtype)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters and self.merged:

@@ -213,6 +213,10 @@ class MoeTuner(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for layer in self.model.modules():
+                if isinstance(layer, MoeLinear):
+                    layer.cast_router_like_bank(adapter_name)
         if autocast_adapter_dtype and adapter_name in self.moelora_router:
             half = {p.dtype for p in self.moelora_router[adapter_name].parameters()} & {torch.float16, torch.bfloat16}
             if half:
