@@ -52,7 +52,7 @@ class Batch:
         if mask.shape[1] > shape[1] and (in_decoder or shape[1] != self.tokens):
             return shape, None
         mask = mask[:, -shape[1] :].to(x.device)  # with a cache, the mask covers earlier tokens too
-        return shape, mask.repeat_interleave(shape[0] // mask.shape[0], dim=0)
+        return shape, mask if len(mask) == shape[0] else mask.repeat_interleave(shape[0] // len(mask), dim=0)
 
 
 def keep_mask(mask: Any) -> torch.Tensor | None:

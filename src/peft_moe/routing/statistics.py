@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import one_hot
 
 from ..losses import Routed
 
@@ -41,26 +40,27 @@ class RoutingStatistics:
             terms: its balance losses.
             ids: the rows' tasks (n,) or (n, k) padded with -1.
         """
-        scores, weights = routed.scores.float(), routed.weights.float()
-        counted = weights.new_ones(weights.shape[:2]) if routed.mask is None else routed.mask.float()
-        per_token = (weights, one_hot(weights.argmax(-1), self.num_experts), weights > 0)
-        per_row = [(values * counted.unsqueeze(-1)).sum(1) for values in per_token]
-        before = scores.logsumexp(-1) - (scores.softmax(-1) * scores).sum(-1)
-        after = torch.special.entr(weights).sum(-1)
-        tokens = counted.sum(1)
-        numbers = [(before * counted).sum(), (after * counted).sum(), tokens.sum()]
-        zero, one = tokens.new_zeros(()), tokens.new_ones(())
-        numbers += [terms[name].float() if name in terms else zero for name in self.terms]
-        numbers += [one if name in terms else zero for name in self.terms]
-        parts = [rows.sum(0) for rows in per_row] + [torch.stack(numbers)]
-        parts += self._of_tasks(per_row[0], tokens, ids)
-        sums = torch.cat(parts)
-        self.sums = sums if self.sums is None else self.sums + sums
+        # Few operations, of which small ones cost most: a column for everything that is summed over tokens.
+        weights = routed.weights.float()
+        top1 = torch.zeros_like(weights).scatter_(-1, weights.argmax(-1, keepdim=True), 1.0)
+        before = torch.special.entr(routed.scores.float().softmax(-1)).sum(-1, keepdim=True)
+        after = torch.special.entr(weights).sum(-1, keepdim=True)
+        columns = torch.cat([weights, top1, (weights > 0).float(), before, after, torch.ones_like(after)], dim=-1)
+        if routed.mask is not None:
+            columns = columns * routed.mask.unsqueeze(-1)
+        rows = columns.sum(1)  # (n, 3 E + 3)
+        parts = [rows.sum(0)]
+        if self.terms:
+            zero, one = weights.new_zeros(()), weights.new_ones(())
+            numbers = [terms[name].float() if name in terms else zero for name in self.terms]
+            parts.append(torch.stack(numbers + [one if name in terms else zero for name in self.terms]))
+        if self.tasks:
+            parts.append(self._of_tasks(rows[:, : self.num_experts], rows[:, -1], ids))
+        sums = torch.cat(parts) if len(parts) > 1 else parts[0]
+        self.sums = sums if self.sums is None else self.sums.add_(sums)
 
-    def _of_tasks(self, load: torch.Tensor, tokens: torch.Tensor, ids: torch.Tensor | None) -> list[torch.Tensor]:
+    def _of_tasks(self, load: torch.Tensor, tokens: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
         """Per task, the weight of each expert and the tokens: (T · (E + 1),)."""
-        if not self.tasks:
-            return []
         total = load.new_zeros(len(self.tasks), self.num_experts + 1)
         if ids is not None and (len(ids) == 1 or len(load) % len(ids) == 0):
             ids = ids.to(load.device).reshape(len(ids), -1)
@@ -68,7 +68,7 @@ class RoutingStatistics:
             rows = torch.cat([load, tokens.unsqueeze(1)], dim=1)
             for column in ids.T:  # one for each of a row's tasks
                 total.index_add_(0, column.clamp_min(0), rows * (column >= 0).unsqueeze(1))
-        return [total.flatten()]
+        return total.flatten()
 
     def read(self, num_base: int = 0, sums: torch.Tensor | None = None) -> dict[str, Any]:
         """The sums as plain numbers; waits for the device. Empty if nothing was routed.
