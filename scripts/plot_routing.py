@@ -1,5 +1,6 @@
 """Draws what the routers of a training run did, from the log that train.py leaves with --log_routing layers.
 
+    pip install '.[plot]'
     python scripts/plot_routing.py outputs/molora --output docs/routing-molora.png
 
 Four pictures: the entropy of the routers before selection and the number of experts in effect, over the steps and by

@@ -159,10 +159,10 @@ def main(argv: list[str]) -> None:
     if data_args.eval_split:
         trainer.add_callback(TaskEvaluation(trainer, examples[data_args.eval_split], info, **generation))
 
-    if isinstance(config, TokenRoutedConfig):
+    if isinstance(config, TokenRoutedConfig) and any(model.routers()):  # one expert everywhere is a plain LoRA
         trainer.add_callback(BalanceScale(trainer))
-    if isinstance(config, TokenRoutedConfig) and adapter_args.log_routing != "no":
-        trainer.add_callback(RoutingCallback(trainer, per_layer=adapter_args.log_routing == "layers"))
+        if adapter_args.log_routing != "no":
+            trainer.add_callback(RoutingCallback(trainer, per_layer=adapter_args.log_routing == "layers"))
 
     resume = args.resume_from_checkpoint  # a flag arrives as a string
     metrics = trainer.train(

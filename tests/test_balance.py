@@ -637,7 +637,9 @@ def test_a_callback_tells_the_trainer_s_steps_also_at_the_end_of_an_epoch_and_fo
 
 def weighted_log_probs(model, inputs, factors):
     """A loss made of TRL's log-probabilities, which the model returns beside its loss."""
-    pytest.importorskip("trl.trainer.utils").add_fused_lm_head(model.get_base_model())
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(model.get_base_model())
     outputs = model(**inputs, fused_lm_head=True)
     return (outputs.log_probs * outputs.label_mask * factors).sum()
 

@@ -10,6 +10,7 @@ import torch
 from helpers import TARGETS, routed_layers
 from peft import PeftConfig, PeftModel, get_peft_model
 from tiny_models import TASK_TYPES, make_inputs, make_model
+from torch import nn
 
 from peft_moe import MedMoeLoraConfig, MoeLoraConfig, MoLoraConfig, PeftMoeType
 
@@ -506,3 +507,17 @@ def test_a_switch_loss_without_gradient_in_one_layer_is_refused_for_that_layer()
     )
     with pytest.raises(ValueError, match="top_k=2 of 2 experts chooses all"):
         get_peft_model(make_model("llama"), config)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"balance_loss": "cv2"}, {"balance_loss": "none", "base_expert_mode": "general", "general_tasks": ["chat"]}],
+    ids=["balance loss", "base expert for general data"],
+)
+def test_a_loss_that_leaves_padding_out_is_refused_where_padding_cannot_be_told(fields):
+    inside = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})
+    config = MedMoeLoraConfig(target_modules=["0"], num_experts=2, tasks=["chat", "icd"], **fields)
+    with pytest.raises(
+        ValueError, match=r"leave padding out, and the inputs of 'experts\.0' are tokens picked from all"
+    ):
+        get_peft_model(inside, config)

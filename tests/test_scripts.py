@@ -208,6 +208,14 @@ def test_recipes_of_token_routed_methods_run_on_other_architectures(architecture
     assert (tmp_path / "out" / WEIGHTS).exists()
 
 
+def test_a_token_routed_method_with_one_expert_everywhere_trains_as_a_plain_lora(recipe, tmp_path):
+    change_method(recipe, "molora")
+    settings = yaml.safe_load(recipe.read_text()) | {"num_experts": 1, "balance_loss": "none"}
+    recipe.write_text(yaml.safe_dump(settings))
+    main([str(recipe)])
+    assert not any("router" in name for name in load_file(tmp_path / "out" / WEIGHTS))
+
+
 def test_other_fields_of_a_config_are_given_as_a_mapping(recipe, tmp_path):
     change_method(recipe, "molora")
     groups = {"expert_groups": {"x": ["size"], "y": ["leaf"]}, "localized_delta": 0.2}

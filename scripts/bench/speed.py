@@ -1,9 +1,9 @@
 """Time of a method as a ratio to stock LoRA of the same rank in each layer, in one process, interleaved.
 
     python scripts/bench/speed.py --output runs/speed.json
-    python scripts/bench/speed.py --method molora
-    python scripts/bench/speed.py --method medmoelora
-    python scripts/bench/speed.py --method recording --rounds 15
+    python scripts/bench/speed.py --method molora --rounds 9
+    python scripts/bench/speed.py --method medmoelora --rounds 9
+    python scripts/bench/speed.py --method recording --rounds 13
 
 Forward and backward of a training step, a prefill, and one decoded token, on SmolLM2-135M; medians over rounds, with
 the spread of the ratios between rounds. For moelora, rows of the batch have different tasks; molora and medmoelora are

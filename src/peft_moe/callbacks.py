@@ -64,7 +64,10 @@ class RoutingCallback(TrainerCallback):
     def __init__(self, trainer: Trainer, per_layer: bool = False) -> None:
         tuner = _token_routed(trainer, "RoutingCallback")
         if not any(True for _ in tuner.routers()):
-            raise ValueError("RoutingCallback has nothing to look at: the adapter has one expert in every layer.")
+            raise ValueError(
+                "RoutingCallback has nothing to look at: the adapter has one expert in every layer. Leave the callback "
+                "out, or give layers more experts."
+            )
         self.trainer, self.tuner, self.per_layer = trainer, tuner, per_layer
         self.warned = False
 

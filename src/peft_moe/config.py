@@ -166,10 +166,10 @@ def check_tasks(tasks: object) -> list[str] | int:
     if isinstance(tasks, int):
         check_count("tasks", tasks, "a number of tasks or a list of names")
         return tasks
-    ordered = isinstance(tasks, (list, tuple))  # a set has no order that would outlive this process
-    if not ordered or not tasks or not all(isinstance(t, str) and t for t in tasks):  # type: ignore[attr-defined]
+    # a set has no order that would outlive this process
+    if not isinstance(tasks, (list, tuple)) or not tasks or not all(isinstance(t, str) and t for t in tasks):
         raise ValueError(f"tasks={tasks!r}; give a list of the tasks' names, or how many there are.")
-    names = list(tasks)  # type: ignore[call-overload]
+    names = list(tasks)
     twice = sorted({t for t in names if names.count(t) > 1})
     if twice:
         raise ValueError(f"tasks names {twice} more than once; a task has one id, so name each once.")

@@ -123,10 +123,7 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         if router is None:
             return None
         if not isinstance(router, TaskRouter):
-            raise ValueError(
-                f"Adapter {adapter!r} chooses experts for each token, so that no single weight matrix does what it "
-                "does and it cannot be merged; keep it as an adapter, or train MOELoRA, whose tasks merge exactly."
-            )
+            raise not_mergeable(adapter)
         return router.of_tasks(self.context.one_task(adapter))[0]
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
@@ -200,6 +197,14 @@ class MoeLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "peft_moe." + super().__repr__()
+
+
+def not_mergeable(adapter: str) -> ValueError:
+    """The error for merging an adapter that is routed by tokens."""
+    return ValueError(
+        f"Adapter {adapter!r} chooses experts for each token, so that no single weight matrix does what it does and it "
+        "cannot be merged; keep it as an adapter, or train MOELoRA, whose tasks merge exactly."
+    )
 
 
 def check_base_layer(module: nn.Module, key: str) -> None:

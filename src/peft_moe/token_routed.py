@@ -12,13 +12,10 @@ import torch
 from torch import nn
 
 from .config import MoeConfig, check_fraction, check_tasks, names_of
-from .layer import MoeLinear
+from .layer import MoeLinear, not_mergeable
 from .losses import BALANCE_LOSSES
 from .routing import BalanceTerm, RoutingStatistics, TokenRouter
 from .tuner import IN_BASE_EXPERTS, SEQUENCE_FIRST, MoeTuner
-
-# The coefficient a loss has when the config only names it; ours, except the papers' own in their configs.
-DEFAULT_COEFFICIENT = 0.01
 
 # Layers of an encoder-decoder model's decoder that see the encoder's output: keys and values of cross-attention.
 OF_ENCODER = re.compile(r"(?i:encdec|encoder_|cross)[^.]*\.(.*\.)?(k|v|key|value)(_proj|_lin)?$")
@@ -43,7 +40,7 @@ class TokenRoutedConfig(MoeConfig):
 
     tasks: list[str] | int | None = None
     balance_loss: str | dict[str, float] = "none"
-    balance_coefficient: float = DEFAULT_COEFFICIENT
+    balance_coefficient: float = 0.01  # ours: no paper states one
     expert_groups: dict[str, list[str]] | None = None
     localized_delta: float = 0.1
 
@@ -127,8 +124,13 @@ def matches_by_group(tasks: Sequence[str], groups: Sequence[Sequence[str]], num_
 class TokenRoutedTuner(MoeTuner):
     """Adds to the tuner what routers that read their input allow and do not allow."""
 
+    @classmethod
+    def balance(cls, config: TokenRoutedConfig) -> list[BalanceTerm]:
+        """The balance losses of a config's routers."""
+        return balance_terms(config)
+
     def check_routing(self, config: TokenRoutedConfig, keys: list[str]) -> None:
-        if not config.coefficients:
+        if not self.balance(config):
             return
         groups = len(config.expert_groups or ())
         few = next((key for key in keys if 1 < config.routed_at(key) < groups), None)
@@ -146,8 +148,8 @@ class TokenRoutedTuner(MoeTuner):
         else:
             return
         raise ValueError(
-            f"balance_loss={config.balance_loss!r} leaves padding out, and {why}, so that it cannot be told from "
-            "text; use balance_loss='none', or exclude such modules."
+            f"The balance losses {[term.name for term in self.balance(config)]} leave padding out, and {why}, so that "
+            "it cannot be told from text; use balance_loss='none', or exclude such modules."
         )
 
     def reads_decoder(self, key: str) -> bool:
@@ -191,8 +193,7 @@ class TokenRoutedTuner(MoeTuner):
                 yield key, router
 
     def record_routing(self, enabled: bool = True, adapters: Sequence[str] | None = None) -> None:
-        """Start or stop adding up what routers do; starting again forgets what was added up. `generate` is not
-        recorded.
+        """Start or stop adding up what routers do, except in `generate`; starting again forgets what was added up.
 
         Args:
             enabled: start or stop.
@@ -261,8 +262,4 @@ class TokenRoutedTuner(MoeTuner):
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         for adapter in self.active_adapters if adapter_names is None else adapter_names:
             if any(True for _ in self.routers(adapter)):
-                raise ValueError(
-                    f"Adapter {adapter!r} chooses experts for each token, so that no single weight matrix does what "
-                    "it does and it cannot be merged; keep it as an adapter, or train MOELoRA, whose tasks merge "
-                    "exactly."
-                )
+                raise not_mergeable(adapter)

@@ -55,7 +55,6 @@ class MoeTuner(BaseTuner):
     tuner_layer_cls = MoeLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (peft declares it so)
     context: RoutingContext
-
     recording = False  # whether routers add up statistics
 
     @abstractmethod

@@ -88,8 +88,8 @@ class MedMoeLoraConfig(TokenRoutedConfig):
             check_count("inference_top_k", self.inference_top_k, "the number of experts per token")
         if "switch" in self.coefficients:
             raise ValueError(
-                "balance_loss='switch' counts which experts are chosen, and here every token gets all, so that it "
-                "has no gradient; use 'variance' or 'cv2'."
+                f"balance_loss={self.balance_loss!r}: 'switch' counts which experts are chosen, and here every token "
+                "gets all, so that it has no gradient; use 'variance' or 'cv2'."
             )
 
     def _check_ranks(self) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from ..losses import localized
 from ..routing import BalanceTerm, TokenGate, TokenRouter, softmax, top_k
-from ..token_routed import TokenRoutedTuner, balance_terms, matches_by_group
+from ..token_routed import TokenRoutedTuner, matches_by_group
 from .config import MedMoeLoraConfig
 
 
@@ -37,15 +37,15 @@ class MedMoeLoraModel(TokenRoutedTuner):
             inference_select=partial(top_k, k=config.inference_top_k) if config.inference_top_k else None,
             num_base=config.num_base_experts,
             base_is_empty=config.base_is_empty,
-            balance=self._balance(config),
+            balance=self.balance(config),
             matches=self._matches(config, special),
             in_decoder=self.reads_decoder(key),
         )
         return router, False
 
-    @staticmethod
-    def _balance(config: MedMoeLoraConfig) -> list[BalanceTerm]:
-        terms = balance_terms(config)
+    @classmethod
+    def balance(cls, config: MedMoeLoraConfig) -> list[BalanceTerm]:
+        terms = super().balance(config)
         if config.base_expert_mode == "general" and config.base_coefficient:
             loss = partial(localized, delta=config.localized_delta)
             terms.append(BalanceTerm("localized", loss, config.base_coefficient))

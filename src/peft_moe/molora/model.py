@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from ..routing import TokenGate, TokenRouter, top_k, top_p
-from ..token_routed import TokenRoutedTuner, balance_terms, matches_by_group
+from ..token_routed import TokenRoutedTuner, matches_by_group
 from .config import ATTENTION, MoLoraConfig
 
 
@@ -43,7 +43,7 @@ class MoLoraModel(TokenRoutedTuner):
             ),
             select=partial(top_k, k=config.top_k) if config.top_p is None else partial(top_p, p=config.top_p),
             num_shared=config.num_shared_experts,
-            balance=balance_terms(config),
+            balance=self.balance(config),
             matches=matches_by_group(config.task_names, groups, num_experts) if groups else None,
             in_decoder=self.reads_decoder(key),
         )
