@@ -56,6 +56,9 @@ class DataArguments:
     dataset: str = field(metadata={"help": "A Hub id, a JSONL, CSV or Parquet file, or a folder of such files."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    train_tasks: list[str] | None = field(
+        default=None, metadata={"help": "Train on the rows of these tasks only, and score them; default: all."}
+    )
     eval_split: str | None = field(default=None, metadata={"help": "Split for evaluation during training."})
     test_split: str | None = field(default=None, metadata={"help": "Split to score at the end instead of eval_split."})
     task_column: str = field(default="task", metadata={"help": "Column with the name of the row's task."})
@@ -112,6 +115,10 @@ class AdapterArguments:
         default=None, metadata={"help": "none, switch, variance, cv2, localized, z, or JSON of names and weights."}
     )
     balance_coefficient: float | None = field(default=None, metadata={"help": "Weight of the balance loss."})
+    stage1: str | None = field(
+        default=None,
+        metadata={"help": "JSON (in YAML a mapping) for scripts/train_experts.py; train.py leaves it alone."},
+    )
     adapter_options: str | None = field(
         default=None, metadata={"help": "JSON (in YAML a mapping) of other fields of the method's config."}
     )
@@ -125,7 +132,7 @@ class AdapterArguments:
         Raises:
             ValueError: an argument that the method does not have.
         """
-        own = {"method", "target_modules", "tasks", "adapter_options", "log_routing"}
+        own = {"method", "target_modules", "tasks", "stage1", "adapter_options", "log_routing"}
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
         given = {name: value for name, value in given.items() if value is not None}
         given |= json.loads(self.adapter_options or "{}")
@@ -181,7 +188,7 @@ def main(argv: list[str]) -> None:
 
 
 def read_split(data_args: DataArguments, split: str, seed: int) -> Dataset:
-    """One split of the data; of the one to train on, the rows that the arguments choose."""
+    """One split of the data, of the tasks to train on; of the split to train on, the rows that the arguments choose."""
     examples = read_examples(
         data_args.dataset,
         split=split,
@@ -189,11 +196,32 @@ def read_split(data_args: DataArguments, split: str, seed: int) -> Dataset:
         protocol=data_args.protocol,
         revision=data_args.dataset_revision,
     )
+    if data_args.train_tasks is not None:  # of every split: an adapter of some tasks is scored on these alone
+        examples = select_tasks(examples, data_args.train_tasks, split)
     if split == data_args.train_split:
         if data_args.max_rows_per_task is not None:
             examples = take_per_task(examples, data_args.max_rows_per_task)
         examples = mix(examples, strategy=data_args.mixing, temperature=data_args.mixing_temperature, seed=seed)
     return examples
+
+
+def select_tasks(examples: Dataset, tasks: list[str], split: str) -> Dataset:
+    """The rows that have none but these tasks.
+
+    Raises:
+        ValueError: a task that no row has, or only rows that have others beside it.
+    """
+    found = task_names(examples, {})
+    if unknown := sorted(set(tasks) - set(found)):
+        raise ValueError(f"--train_tasks has {unknown}, which no row of split {split!r} has; use some of {found}.")
+    wanted = set(tasks)
+    rows = [i for i, row in enumerate(examples["task"]) if wanted.issuperset([row] if isinstance(row, str) else row)]
+    if not rows:
+        raise ValueError(
+            f"--train_tasks {' '.join(tasks)} leaves split {split!r} without rows: all rows that have these tasks "
+            "have others too; name those as well, or use data with rows of these tasks alone."
+        )
+    return examples.select(rows)
 
 
 def task_names(examples: Dataset, info: dict[str, TaskInfo]) -> list[str]:

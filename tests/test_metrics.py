@@ -16,6 +16,13 @@ VALUES = {
     "macro_f1": (["Yes", "no", "no", "perhaps"], ["yes", "no", "yes", "yes"], (1 / 2 + 2 / 3) / 2),
     # 2 shared of 2 and 3 words; one of two "a" shared; nothing shared; both empty
     "token_f1": (["knee left", "a a", "arm", ""], ["the left knee", "a b", "leg", " "], (0.8 + 0.5 + 0 + 1) / 4),
+    # both lines right but for case and white space; the second of two missing; each line in the other's place; 2 words
+    # shared of 2 and 3 on the first of one line too many; both empty
+    "line_f1": (
+        [" Eye \n\n left  KNEE", "eye", "yes\neye", "left knee\nyes\neye", "\n"],
+        ["eye\nleft knee", "eye\nyes", "eye\nyes", "the left knee\nyes", ""],
+        (1 + 1 / 2 + 0 + (0.8 + 1) / 3 + 1) / 5,
+    ),
     # 1 + 2 + 0 pairs agree of 2 + 2 + 1 predicted and 2 + 2 + 2 true ones
     "slot_f1": (["Side :left;visit: first", SLOTS, "left"], [SLOTS, "visit: none;side: left", SLOTS], 2 * 3 / (5 + 6)),
     # longest common subsequences: 3 of 3 and 4 words; 1 of 2 and 2

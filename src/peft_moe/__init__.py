@@ -1,8 +1,10 @@
 """Mixture-of-LoRA-experts for Hugging Face peft. Importing the package registers its tuner types with peft."""
 
 from ._register import PeftMoeType, register
+from .compose import compose, from_loras
 from .config import MoeConfig
 from .fold import fold
+from .grouped import GroupedMoeConfig, GroupedMoeModel, read_expert
 from .medmoe import MedMoeLoraConfig, MedMoeLoraModel
 from .moelora import MoeLoraConfig, MoeLoraModel
 from .molora import MoLoraConfig, MoLoraModel
@@ -13,8 +15,11 @@ __version__ = "0.1.0"
 register(PeftMoeType.MOELORA, MoeLoraConfig, MoeLoraModel)
 register(PeftMoeType.MOLORA, MoLoraConfig, MoLoraModel)
 register(PeftMoeType.MEDMOELORA, MedMoeLoraConfig, MedMoeLoraModel)
+register(PeftMoeType.GROUPEDMOE, GroupedMoeConfig, GroupedMoeModel)
 
 __all__ = [
+    "GroupedMoeConfig",
+    "GroupedMoeModel",
     "MedMoeLoraConfig",
     "MedMoeLoraModel",
     "MoLoraConfig",
@@ -24,5 +29,8 @@ __all__ = [
     "MoeLoraModel",
     "PeftMoeType",
     "TokenRoutedConfig",
+    "compose",
     "fold",
+    "from_loras",
+    "read_expert",
 ]

@@ -10,6 +10,27 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer without bias whose weight is a buffer: saved and moved as a parameter is, and never trained.
+
+    Frozen parameters would not do: checkpoints of FSDP2 and ZeRO-3 leave them out, and peft takes an adapter's
+    parameters to be trained whenever the adapter is active.
+    """
+
+    weight: torch.Tensor
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(out_features, in_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}"
 
 
 class ExpertBank(nn.Module):
@@ -20,11 +41,13 @@ class ExpertBank(nn.Module):
 
     Args:
         in_features, out_features: sizes of the linear layer that the bank extends.
-        ranks: rank of each expert.
+        ranks: rank of each expert; 0 is an expert that adds nothing here.
         scaling: factor on each expert (alpha over rank), or one for all.
         dropout: probability of dropping an element of x, applied once for all experts.
         num_anchored: how many of the first experts are pulled back to zero by `anchor_loss`.
         anchor_coefficient: its weight in the loss.
+        pretrained: its weights are made elsewhere and come in by `fill` or a state dict; using it before is an error.
+        frozen: its weights are buffers, not parameters.
     """
 
     expert_of_rank: torch.Tensor | None
@@ -40,14 +63,22 @@ class ExpertBank(nn.Module):
         dropout: float = 0.0,
         num_anchored: int = 0,
         anchor_coefficient: float = 0.0,
+        pretrained: bool = False,
+        frozen: bool = False,
     ) -> None:
         super().__init__()
         self.ranks = tuple(ranks)
+        self.pretrained, self._awaits_weights = pretrained, pretrained
         self.num_anchored, self.anchor_coefficient = num_anchored, anchor_coefficient
         self.factors = (scaling,) * len(ranks) if isinstance(scaling, (int, float)) else tuple(scaling)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-        self.lora_A = nn.Linear(in_features, sum(ranks), bias=False)
-        self.lora_B = nn.Linear(sum(ranks), out_features, bias=False)
+        self.lora_A: nn.Linear | FrozenLinear
+        self.lora_B: nn.Linear | FrozenLinear
+        if frozen:
+            self.lora_A, self.lora_B = FrozenLinear(in_features, sum(ranks)), FrozenLinear(sum(ranks), out_features)
+        else:
+            self.lora_A = nn.Linear(in_features, sum(ranks), bias=False)
+            self.lora_B = nn.Linear(sum(ranks), out_features, bias=False)
         self.register_buffer("expert_of_rank", None, persistent=False)  # where ranks differ
         self.register_buffer("scaling", None, persistent=False)  # where factors differ
         self._set_constants()
@@ -86,6 +117,30 @@ class ExpertBank(nn.Module):
         else:
             nn.init.zeros_(self.lora_B.weight)
 
+    @torch.no_grad()
+    def fill(self, experts: Sequence[tuple[torch.Tensor, torch.Tensor] | None]) -> None:
+        """Take the experts' weights in their order, A (r_i, in) and B (out, r_i) each; None for one of rank 0."""
+        present = [expert for expert in experts if expert is not None]
+        self.lora_A.weight.copy_(torch.cat([a for a, _ in present]))
+        self.lora_B.weight.copy_(torch.cat([b for _, b in present], dim=1))
+        self._awaits_weights = False
+
+    @torch.no_grad()
+    def await_weights(self) -> None:
+        """Fill up with what no file holds, so that weights that never come are noticed."""
+        self.lora_A.weight.fill_(math.nan)
+        self.lora_B.weight.fill_(math.nan)
+
+    def _check_weights(self) -> None:
+        self._awaits_weights = False  # looked at once: looking waits for the device
+        if self.lora_A.weight.isnan().any() or self.lora_B.weight.isnan().any():
+            self._awaits_weights = True
+            raise RuntimeError(
+                "Experts have no weights: the config is that of a saved adapter, whose weights are in its directory. "
+                "Load it with PeftModel.from_pretrained(base_model, directory), or make a new config that names the "
+                "experts' sources."
+            )
+
     def forward(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Add up the experts' outputs.
 
@@ -96,6 +151,8 @@ class ExpertBank(nn.Module):
         Returns:
             (..., out)
         """
+        if self._awaits_weights and not torch.compiler.is_compiling():
+            self._check_weights()
         h = self.lora_A(self.dropout(x))  # (..., R)
         return self.lora_B(self._weigh(h, weights))  # weighed in rank space: one product out, not E
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -13,9 +15,6 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except KeyError as error:  # what peft makes of an adapter type it does not know
-        print(f"peft-moe: {arguments.adapter} is an adapter of type {error}, which peft does not know", file=sys.stderr)
-        return 1
     except (ValueError, OSError) as error:
         print(f"peft-moe: {error}", file=sys.stderr)
         return 1
@@ -29,26 +28,63 @@ def _parser() -> argparse.ArgumentParser:
     fold.add_argument(
         "adapter", metavar="ADAPTER", help="directory or Hub id of the adapter; the base model is not loaded"
     )
-    which = fold.add_mutually_exclusive_group(required=True)
-    which.add_argument("--task", help="name or id of the task")
-    which.add_argument("--all-tasks", action="store_true", help="every task, each into OUT/TASK")
+    which = fold.add_mutually_exclusive_group()
+    which.add_argument("--task", help="MOELoRA: name or id of the task")
+    which.add_argument("--all-tasks", action="store_true", help="MOELoRA: every task, each into OUT/TASK")
+    which.add_argument(
+        "--routing",
+        type=_mapping,
+        metavar="JSON",
+        help='AT-MoE: what set_group_weights takes, such as {"weights": {"style": {"rigorous": 1}}, "group_weights": '
+        '{"style": 1}}; by default what the adapter has fixed',
+    )
     fold.add_argument("--out", required=True, type=Path, help="directory to write")
     fold.add_argument("--revision", help="revision of a Hub adapter")
     fold.add_argument("--overwrite", action="store_true", help="replace adapters that are there already")
     fold.set_defaults(run=_fold)
+    compose = commands.add_parser("compose", help="make one out of trained LoRAs", description=_compose.__doc__)
+    compose.add_argument(
+        "recipe", metavar="FILE.yaml", type=Path, help="fields of GroupedMoeConfig; docs/atmoe.md has one"
+    )
+    compose.add_argument("--out", required=True, type=Path, help="directory to write")
+    compose.add_argument("--base-model", help="base model, in place of the one that the file or the experts name")
+    compose.add_argument("--overwrite", action="store_true", help="replace an adapter that is there already")
+    compose.set_defaults(run=_compose)
     return parser
 
 
+def _mapping(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(text)
+    return value
+
+
+def _compose(arguments: argparse.Namespace) -> None:
+    """Make an AT-MoE adapter out of trained LoRAs; the base model's weights are not loaded."""
+    from .compose import compose
+
+    out = compose(arguments.recipe, arguments.out, base_model=arguments.base_model, overwrite=arguments.overwrite)
+    print(f"The adapter is in {out}. Its routers are new and weigh experts evenly until they are trained.")
+
+
 def _fold(arguments: argparse.Namespace) -> None:
-    """Write one task of an adapter, or each, as a stock LoRA that peft and servers load without peft_moe."""
+    """Write an adapter under a task or fixed weights as a stock LoRA that peft and servers load without peft_moe."""
     from peft import PeftConfig
 
     from . import MoeConfig
     from .fold import fold
 
     hub = {"revision": arguments.revision} if arguments.revision else {}
-    config = PeftConfig.from_pretrained(arguments.adapter, **hub)
+    try:
+        config = PeftConfig.from_pretrained(arguments.adapter, **hub)
+    except KeyError as error:  # what peft makes of an adapter type it does not know
+        raise ValueError(f"{arguments.adapter} is an adapter of type {error}, which peft does not know") from None
     names = config.task_names if isinstance(config, MoeConfig) else []
+    if arguments.task is None and not arguments.all_tasks:
+        fold(arguments.adapter, arguments.out, routing=arguments.routing, overwrite=arguments.overwrite, **hub)
+        print(f"fixed weights: {arguments.out}")
+        return
     if arguments.all_tasks and names:
         outs = {name: arguments.out / re.sub(r"[^\w.-]|^\.+$", "_", name) for name in names}
         if len(set(outs.values())) < len(names):

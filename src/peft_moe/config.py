@@ -19,6 +19,7 @@ class PeftMoeType(str, enum.Enum):
     MOELORA = "MOELORA"
     MOLORA = "MOLORA"
     MEDMOELORA = "MEDMOELORA"
+    GROUPEDMOE = "GROUPEDMOE"
 
 
 class Experts(NamedTuple):

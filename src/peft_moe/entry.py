@@ -3,7 +3,7 @@
 peft's `PeftModelFor*.forward` have a `task_ids` argument of their own and pass it on for one other method only;
 transformers' `generate` refuses arguments it does not know, and its Trainer drops columns that the base model's forward
 does not name. So the instances (not the classes) get a `forward`, and the base model a `generate`, that take `task_ids`
-and hand on the rest. They also see the padding mask on the way in, and on the way out what the loss is made of.
+and hand on the rest. They also see padding and prompts on the way in, and on the way out what the loss is made of.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .checkpointing import keep_call_through_checkpointing
-from .routing import Batch, Ledger, keep_mask
+from .routing import Batch, Ledger, Prompt, keep_mask
 
 if TYPE_CHECKING:
     from .tuner import MoeTuner
@@ -63,14 +63,23 @@ class Entry:
         if training and not context.open and not torch.compiler.is_compiling():
             keep_call_through_checkpointing(self.owner, context)
         active = tuner.active_adapters if tuner.adapters_enabled else ()
-        batch = self._batch(args, kwargs, masks=training or tuner.recording)
-        with context.call(task_ids, active=active, batch=batch, training=training, counted=not answering) as ledger:
+        prompts = tuner.reads_prompts and tuner.adapters_enabled
+        prompt_mask = kwargs.pop("prompt_mask", None) if tuner.reads_prompts else None
+        batch = self._batch(args, kwargs, masks=training or tuner.recording or prompts)
+        told: dict[str, Any] = {"prompt_mask": prompt_mask}
+        if prompts and batch is not None:
+            batch, told["prompt"] = self._prompts(batch, prompt_mask, args, kwargs, training=training)
+        with context.call(
+            task_ids, active=active, batch=batch, training=training, counted=not answering, **told
+        ) as ledger:
             if isinstance(self.replaced, Entry):  # a tuner inside a tuner is told the same
                 kwargs["task_ids"] = context.told
             if self.replaced is not None:
                 outputs = self.replaced(*args, **kwargs)
             else:
                 outputs = getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
+            if prompts and not torch.compiler.is_compiling():
+                self._keep_prompts(batch, outputs)
             return outputs if ledger is None else self._settle(ledger, outputs, kwargs)
 
     def _batch(self, args: Sequence[Any], kwargs: dict[str, Any], *, masks: bool) -> Batch | None:
@@ -84,15 +93,55 @@ class Entry:
         return None
 
     def _masks(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, torch.Tensor | None]:
-        if len(args) > 1:
-            signature = inspect.signature(getattr(type(self.owner), self.method))
-            kwargs = kwargs | signature.bind(self.owner, *args, **kwargs).arguments
+        kwargs = self._named(args, kwargs) if len(args) > 1 else kwargs
         mask, decoder_mask = kwargs.get("attention_mask"), kwargs.get("decoder_attention_mask")
         labels = kwargs.get("labels")
         if decoder_mask is None and self.tuner.is_encoder_decoder and kwargs.get("decoder_input_ids") is None:
             # such a model makes its decoder's inputs from the labels
             decoder_mask = labels != -100 if isinstance(labels, torch.Tensor) and labels.dim() == 2 else None
         return {"mask": keep_mask(mask), "decoder_mask": keep_mask(decoder_mask)}
+
+    def _prompts(
+        self,
+        batch: Batch,
+        prompt_mask: torch.Tensor | None,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        *,
+        training: bool,
+    ) -> tuple[Batch, Prompt | None]:
+        """The batch with its prompts marked, and what is known of them already.
+
+        Raises:
+            ValueError: prompts cannot be told from answers, or several are packed into a row.
+        """
+        kwargs = self._named(args, kwargs)
+        context, labels = self.tuner.context, kwargs.get("labels")
+        if prompt_mask is None and context.open:
+            prompt_mask = context.prompt_mask
+        cache = kwargs.get("past_key_values")
+        if self.method == "generate":
+            return batch, Prompt(to_come=_tokens_to_read(batch, cache, self.tuner.is_encoder_decoder))
+        if self.owner is self.tuner.model:
+            batch = self.tuner.mark_prompts(batch, prompt_mask, labels, kwargs, training=training)
+        known = None if context.open or prompt_mask is not None or labels is not None else context.prompt_in(cache)
+        return batch, known
+
+    def _keep_prompts(self, batch: Batch | None, outputs: Any) -> None:
+        """Note that prompts have been read, and keep what came of them with the cache that they are in."""
+        context = self.tuner.context
+        if self.method == "forward" and self.owner is self.tuner.model:
+            context.prompt.passed(0 if batch is None or batch.tokens is None else batch.tokens)
+        cache = getattr(outputs, "past_key_values", None)
+        if cache is not None:
+            context.keep_prompt_with(cache)
+
+    def _named(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments by name."""
+        if not args or (self.method == "generate" and len(args) == 1):
+            return kwargs
+        signature = inspect.signature(getattr(type(self.owner), self.method))
+        return kwargs | signature.bind(self.owner, *args, **kwargs).arguments
 
     def _settle(self, ledger: Ledger, outputs: Any, kwargs: dict[str, Any]) -> Any:
         """Let the balance losses follow the loss of a training call, or what it will be made of."""
@@ -126,12 +175,23 @@ class Entry:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """The method's own signature and `task_ids`, so that Trainer keeps a column of that name."""
+        """The method's own signature and what is added to it, so that Trainer keeps columns of these names."""
         method = self.replaced or getattr(type(self.owner), self.method).__get__(self.owner)
         signature = inspect.signature(method)
         if "task_ids" in signature.parameters:
             return signature
         parameters = list(signature.parameters.values())
         at = -1 if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else len(parameters)
-        parameters.insert(at, inspect.Parameter("task_ids", inspect.Parameter.KEYWORD_ONLY, default=None))
+        for name in ("task_ids", "prompt_mask") if self.tuner.reads_prompts else ("task_ids",):
+            parameters.insert(at, inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None))
         return signature.replace(parameters=parameters)
+
+
+def _tokens_to_read(batch: Batch, cache: Any, is_encoder_decoder: bool) -> int | None:
+    """How many tokens of a prompt `generate` hands to its model: those that are not in the cache already."""
+    if is_encoder_decoder or batch.tokens is None:
+        return None
+    past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+    # the input is all of the text or its new part only; a mask is of all of it in either case
+    whole = batch.mask is None or batch.mask.shape[1] == batch.tokens
+    return batch.tokens - past if whole and past < batch.tokens else batch.tokens

@@ -1,18 +1,17 @@
-"""Folding: a routed adapter under one task, written as a stock LoRA that needs no peft_moe to load.
+"""Folding: a routed adapter under weights that no input changes, written as a stock LoRA that needs no peft_moe.
 
-For task j the adapter is `Σ_i ω_ji B_i A_i` times the scaling, so A is kept, the columns of expert i of B are
-multiplied by ω_ji and the scaling, and a LoRA of the same rank with `lora_alpha = r` gives the same numbers (arXiv
-2310.18339, section III).
+For task j of MOELoRA the adapter is `Σ_i ω_ji B_i A_i` times the scaling, so A is kept, the columns of expert i of B
+are multiplied by ω_ji and the scaling, and a LoRA of the same rank with `lora_alpha = r` gives the same numbers (arXiv
+2310.18339, section III). Weights of AT-MoE that a user has fixed are folded in the same way.
 """
 
 from __future__ import annotations
 
-import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -22,13 +21,14 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import pad
 
-from .bank import ExpertBank
+from .folding import StateDict, WeightsAt, fold_banks
+from .grouped.config import GroupedMoeConfig
+from .grouped.model import fixed_weights
 from .moelora.config import MoeLoraConfig
-from .moelora.model import new_router
-from .routing import encode_tasks
+from .moelora.model import weights_of_task
+from .routing import Control, control_of
 from .routing.tasks import Task
 
-BANK = re.compile(r"^base_model\.model\.(?P<key>.+)\.moelora_bank\.lora_A\.weight$")
 # Fields that mean the same in a stock LoRA.
 CARRIED = (
     "task_type", "base_model_name_or_path", "revision", "target_modules", "exclude_modules", "layers_to_transform",
@@ -40,12 +40,13 @@ def fold(
     source: PeftModel | str | Path,
     out_dir: str | Path,
     *,
-    task: Task | Sequence[Task],
+    task: Task | Sequence[Task] | None = None,
+    routing: Mapping[str, Any] | None = None,
     adapter_name: str | None = None,
     overwrite: bool = False,
     **hub_kwargs: Any,
 ) -> Path:
-    """Write the adapter under one task as a stock LoRA directory.
+    """Write the adapter under one task, or under fixed weights, as a stock LoRA directory.
 
     The directory holds what any peft can load without peft_moe: `lora_A` and `lora_B` with the scaling inside,
     `lora_alpha = r`, one rank throughout (smaller banks are filled up with zeros, because some servers know one rank
@@ -55,7 +56,10 @@ def fold(
     Args:
         source: a model with the adapter, or a directory or Hub id to read it from; the base model is not needed.
         out_dir: where to write; made if missing.
-        task: the task by name or id, or several for the mean of their embeddings.
+        task: of a MOELoRA adapter, the task by name or id, or several for the mean of their embeddings.
+        routing: of an AT-MoE adapter, the arguments of `set_group_weights` that fix all weights, such as `{"weights":
+            {"style": {"rigorous": 1.0}}, "group_weights": {"style": 1.0}}`; None for what the model, or the adapter's
+            config, has fixed.
         adapter_name: which adapter of a model; None for the active one.
         overwrite: replace the adapter and README.md that are in `out_dir`.
         hub_kwargs: for a Hub id: `revision`, `token`, `subfolder`, `cache_dir`.
@@ -64,7 +68,7 @@ def fold(
         `out_dir`.
 
     Raises:
-        ValueError: unknown task, or an adapter of another kind.
+        ValueError: unknown task, weights that still depend on the input, or an adapter of another kind.
         TypeError: a model that is not a `PeftModel`, such as one that is still wrapped for training.
         FileExistsError: `out_dir` holds files of these names, and `overwrite` is False.
 
@@ -72,9 +76,18 @@ def fold(
         >>> fold(model, "icd-lora", task="icd")
         >>> PeftModel.from_pretrained(base_model, "icd-lora")
     """
-    config, state_dict = _read(source, adapter_name, hub_kwargs)
-    lora_config, lora_state_dict = fold_state_dict(config, state_dict, task)
-    _write(Path(out_dir), lora_config, lora_state_dict, _card(config, lora_config, task), overwrite)
+    config, state_dict, control = _read(source, adapter_name, hub_kwargs)
+    if isinstance(config, MoeLoraConfig):
+        if task is None or routing is not None:
+            raise ValueError(f"MOELORA adapters are folded for a task; pass task= with one of {config.task_names}.")
+        weights_at, choice = weights_of_task(config, state_dict, task), cast(Any, task)
+    else:
+        if task is not None:
+            raise ValueError(f"task={task!r}: GROUPEDMOE adapters know no tasks; pass routing= to fix their weights.")
+        control = control_of(config.names, **routing) if routing is not None else control
+        weights_at, choice = fixed_weights(config, state_dict, control), routing
+    lora_config, lora_state_dict = fold_state_dict(config, state_dict, weights_at)
+    _write(Path(out_dir), lora_config, lora_state_dict, _card(config, lora_config, choice), overwrite)
     return Path(out_dir)
 
 
@@ -96,18 +109,13 @@ def _write(out_dir: Path, config: LoraConfig, state_dict: dict[str, torch.Tensor
 
 @torch.no_grad()
 def fold_state_dict(
-    config: MoeLoraConfig, state_dict: dict[str, torch.Tensor], task: Task | Sequence[Task]
-) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """Config and state dict of the stock LoRA that an adapter is under one task; state dicts are as peft saves them."""
-    banks = {m["key"]: state_dict[name] for name in state_dict if (m := BANK.match(name))}
-    if not banks:
-        raise ValueError("The adapter has no '….moelora_bank.lora_A.weight'.")
-    several = isinstance(task, Sequence) and not isinstance(task, str)
-    ids = encode_tasks([task] if several else task, config.task_names)
-    rank = max(a.shape[0] for a in banks.values())
+    config: MoeLoraConfig | GroupedMoeConfig, state_dict: StateDict, weights_at: WeightsAt
+) -> tuple[LoraConfig, StateDict]:
+    """Config and state dict of the stock LoRA that an adapter is under fixed weights, in the form that peft saves."""
+    banks = fold_banks(config, state_dict, weights_at)
+    rank = max(a.shape[0] for a, _ in banks.values())
     folded = {}
-    for key in banks:
-        a, b = _fold_layer(config, state_dict, key, ids)
+    for key, (a, b) in banks.items():
         missing = rank - a.shape[0]
         prefix = f"base_model.model.{key}"
         folded[f"{prefix}.lora_A.weight"] = pad(a, (0, 0, 0, missing)).contiguous()
@@ -117,30 +125,10 @@ def fold_state_dict(
     return LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, inference_mode=True, **fields), {**folded, **others}
 
 
-def _fold_layer(
-    config: MoeLoraConfig, state_dict: dict[str, torch.Tensor], key: str, ids: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (R, in) and B (out, R) of one layer. The layer's own modules compute them, filled from the state dict."""
-    prefix = f"base_model.model.{key}.moelora_"
-    a, b = state_dict[f"{prefix}bank.lora_A.weight"], state_dict[f"{prefix}bank.lora_B.weight"]
-    experts = config.experts_at(key)
-    with torch.device("meta"):
-        bank = ExpertBank(in_features=a.shape[1], out_features=b.shape[0], ranks=experts.ranks, scaling=experts.scaling)
-    bank.load_state_dict({"lora_A.weight": a, "lora_B.weight": b}, assign=True)
-    n = len(experts.ranks)
-    if n == 1:
-        return bank.folded(None)
-    at = f"{prefix}router." if config.gate_scope == "layer" else f"base_model.moelora_router.{n}."
-    with torch.device("meta"):
-        router = new_router(config, n)
-    router.load_state_dict({k.removeprefix(at): v for k, v in state_dict.items() if k.startswith(at)}, assign=True)
-    return bank.folded(router.of_tasks(ids.to(a.device))[0])
-
-
 def _read(
     source: PeftModel | str | Path, adapter_name: str | None, hub_kwargs: dict[str, Any]
-) -> tuple[MoeLoraConfig, dict[str, torch.Tensor]]:
-    """Config and state dict of an adapter, in memory or on disk, in peft's own terms."""
+) -> tuple[MoeLoraConfig | GroupedMoeConfig, StateDict, Control | None]:
+    """Config, state dict and fixed weights of an adapter, in memory or on disk, in peft's own terms."""
     if isinstance(source, PeftModel):
         if adapter_name is None and len(source.active_adapters) != 1:
             raise ValueError(f"The active adapters are {source.active_adapters}; say which with adapter_name=.")
@@ -150,37 +138,50 @@ def _read(
         config = _check(source.peft_config[adapter_name], adapter_name)
         # Not state_dict(), which would copy or unpack a quantised base too.
         tensors = {n: t.detach() for n, t in chain(source.named_parameters(), source.named_buffers())}
-        return config, get_peft_model_state_dict(source, state_dict=tensors, adapter_name=adapter_name)
+        state_dict = get_peft_model_state_dict(source, state_dict=tensors, adapter_name=adapter_name)
+        tuner: Any = source.base_model
+        return config, state_dict, tuner.context.controls.get(adapter_name)
     if isinstance(source, nn.Module):
         raise TypeError(
             f"fold takes a PeftModel or a directory, not a {type(source).__name__}; unwrap the model first."
         )
     config = _check(PeftConfig.from_pretrained(str(source), **hub_kwargs), source)
-    return config, load_peft_weights(str(source), device="cpu", **hub_kwargs)
+    stored = config.group_weights if isinstance(config, GroupedMoeConfig) else None
+    control = control_of(config.names, **stored) if stored else None  # type: ignore[union-attr]
+    return config, load_peft_weights(str(source), device="cpu", **hub_kwargs), control
 
 
-def _check(config: PeftConfig, source: object) -> MoeLoraConfig:
-    if not isinstance(config, MoeLoraConfig):
+def _check(config: PeftConfig, source: object) -> MoeLoraConfig | GroupedMoeConfig:
+    if not isinstance(config, (MoeLoraConfig, GroupedMoeConfig)):
         raise ValueError(
             f"{str(source)!r} is a {getattr(config.peft_type, 'value', config.peft_type)} adapter; fold takes MOELORA "
-            "adapters, whose experts depend on the task alone."
+            "adapters, whose experts depend on the task alone, and GROUPEDMOE adapters with fixed weights."
         )
     return config
 
 
-def _card(config: MoeLoraConfig, lora_config: LoraConfig, task: Task | Sequence[Task]) -> str:
+def _card(config: MoeLoraConfig | GroupedMoeConfig, lora_config: LoraConfig, choice: Any) -> str:
     """The README of a folded adapter."""
     base = config.base_model_name_or_path
     data = ModelCardData(base_model=base, library_name="peft", tags=["lora", "peft-moe"])
+    if isinstance(config, MoeLoraConfig):
+        title, how = f"LoRA for task {choice!r}", f"with `task_ids={choice!r}`"
+        what = f"One task of a MOELORA adapter with the tasks {', '.join(config.task_names)}"
+    else:
+        experts = ", ".join(f"{group} ({', '.join(names)})" for group, names in config.names.items())
+        title, how = (
+            "LoRA of fixed experts",
+            f"with its weights fixed by `{choice}`" if choice else "with those weights",
+        )
+        what = f"An AT-MoE adapter of the groups {experts} with fixed weights"
     text = f"""---
 {data.to_yaml()}
 ---
 
-# LoRA for task {task!r}
+# {title}
 
-One task of a MOELoRA adapter with the tasks {", ".join(config.task_names)}, folded by peft_moe into a stock LoRA of
-rank {lora_config.r}. It gives the same outputs as the adapter with `task_ids={task!r}` and needs
-only peft:
+{what}, folded by peft_moe into a stock LoRA of rank {lora_config.r}. It gives the same outputs as the adapter {how} and
+needs only peft:
 
 ```python
 from peft import PeftModel

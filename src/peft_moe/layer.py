@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .bank import ExpertBank
-from .routing import Router, RoutingContext, TaskRouter
+from .routing import GroupedRouter, Router, RoutingContext, TaskRouter
 
 
 class MoeLinear(nn.Module, BaseTunerLayer):
@@ -64,23 +65,47 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """As in peft, but routers keep their type: rounded to the base layer's and back, near ties fall another way."""
-        if adapter_name not in self.moelora_router:
-            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        """As in peft, but routers and trained experts keep their type, which rounding and widening would not give back.
+
+        Neither goes to the meta device, where its weights would be lost.
+        """
+        if adapter_name not in self.moelora_bank:
             return
-        router = self.moelora_router[adapter_name]
-        del self.moelora_router[adapter_name]
+        kept = {}
+        if adapter_name in self.moelora_router:
+            kept["moelora_router"] = self.moelora_router[adapter_name]
+        if self._bank(adapter_name).pretrained:
+            kept["moelora_bank"] = self.moelora_bank[adapter_name]
+        for name in kept:
+            del getattr(self, name)[adapter_name]
         try:
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         finally:
-            self.moelora_router[adapter_name] = router
-        if not any(p.is_meta for p in router.parameters()):
-            router.to(device=device or self._bank(adapter_name).lora_A.weight.device)
+            for name, module in kept.items():
+                getattr(self, name)[adapter_name] = module
+        target = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        for module in kept.values():
+            if target is not None and target.type != "meta" and not any(p.is_meta for p in module.parameters()):
+                module.to(device=target)
 
-    def cast_router_like_bank(self, adapter_name: str) -> None:
-        """Give the router, which computes in float32 in any case, the type that the adapter's other weights have."""
-        if adapter_name in self.moelora_router:
-            self.moelora_router[adapter_name].to(self._bank(adapter_name).lora_A.weight.dtype)
+    def cast_adapter(self, adapter_name: str, *, widen: bool) -> None:
+        """Cast what `_move_adapter_to_device_of_base_layer` left alone.
+
+        Args:
+            widen: trained experts in half precision to float32, as peft does with an adapter's parameters; else to the
+                type of the base layer, and the router, which computes in float32 in any case, to that of the bank.
+        """
+        if adapter_name not in self.moelora_bank:
+            return
+        bank = self._bank(adapter_name)
+        if bank.pretrained:
+            dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
+            if widen and bank.lora_A.weight.dtype in (torch.float16, torch.bfloat16):
+                bank.float()
+            elif not widen and dtype is not None and dtype.is_floating_point:
+                bank.to(dtype)
+        if not widen and adapter_name in self.moelora_router:
+            self.moelora_router[adapter_name].to(bank.lora_A.weight.dtype)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters and self.merged:
@@ -118,19 +143,23 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         return weights
 
     def _merge_weights(self, adapter: str) -> torch.Tensor | None:
-        """Weights (E,) of the chosen task."""
+        """Weights (E,) that hold for every input: of the chosen task, or fixed by the user."""
         router = self.router_of(adapter)
         if router is None:
             return None
-        if not isinstance(router, TaskRouter):
-            raise not_mergeable(adapter)
-        return router.of_tasks(self.context.one_task(adapter))[0]
+        if isinstance(router, TaskRouter):
+            return router.of_tasks(self.context.one_task(adapter))[0]
+        control = self.context.controls.get(adapter)
+        weights = router.constant(control) if isinstance(router, GroupedRouter) else None
+        if weights is None:
+            raise not_mergeable(adapter, router.free_choices(control) if isinstance(router, GroupedRouter) else ())
+        return weights
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """What an adapter adds to the base weight for the chosen task, in the shape of the base weight.
+        """What an adapter adds to the base weight, for the chosen task or fixed weights, in the base weight's shape.
 
         Raises:
-            ValueError: the adapter is routed by tokens, or by tasks and none was chosen.
+            ValueError: what is added depends on the input, or on a task and none was chosen.
         """
         return self._delta_weight(adapter_name, self._merge_weights(adapter_name))
 
@@ -144,11 +173,12 @@ class MoeLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters to the base weight, for the task that was chosen with `set_task`, `task` or `default_task`.
+        """Add adapters to the base weight, for the task chosen with `set_task`, `task` or `default_task`, or for the
+        weights that were fixed with `set_group_weights` or `routing`.
 
         Raises:
-            ValueError: no task was chosen; with `safe_merge`, also a merged weight that is not finite. The weight is
-            then as before.
+            ValueError: no task was chosen, or weights depend on the input; with `safe_merge`, also a merged weight that
+            is not finite. The weight is then as before.
         """
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.moelora_bank:
@@ -157,7 +187,7 @@ class MoeLinear(nn.Module, BaseTunerLayer):
             self._add_to_base(self._delta_weight(adapter, weights), adapter if safe_merge else None)
             self.merged_adapters.append(adapter)
             self._merged_weights[adapter] = weights
-            if weights is not None:
+            if isinstance(self.router_of(adapter), TaskRouter):
                 self.context.merged[adapter] = self.context.one_task(adapter)
 
     @torch.no_grad()
@@ -190,6 +220,8 @@ class MoeLinear(nn.Module, BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         router = self.router_of(adapter_name)
+        if isinstance(router, GroupedRouter):
+            return not router.free_choices(self.context.controls.get(adapter_name))
         return router is None or isinstance(router, TaskRouter)
 
     def extra_repr(self) -> str:
@@ -199,8 +231,18 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         return "peft_moe." + super().__repr__()
 
 
-def not_mergeable(adapter: str) -> ValueError:
-    """The error for merging an adapter that is routed by tokens."""
+def not_mergeable(adapter: str, free: Sequence[str] = ()) -> ValueError:
+    """The error for merging an adapter whose experts are chosen by the input.
+
+    Args:
+        adapter: its name.
+        free: what the input decides and a user could fix.
+    """
+    if free:
+        return ValueError(
+            f"Adapter {adapter!r} cannot be merged while {', '.join(free)} depend on the input; fix them with "
+            "model.set_group_weights(...) or `with model.routing(...)`."
+        )
     return ValueError(
         f"Adapter {adapter!r} chooses experts for each token, so that no single weight matrix does what it does and it "
         "cannot be merged; keep it as an adapter, or train MOELoRA, whose tasks merge exactly."

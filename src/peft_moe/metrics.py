@@ -1,7 +1,7 @@
 """Scores of generated answers as `evaluate` metrics that are computed here, without a download.
 
-All of them compare normalised texts: stripped, case-folded, runs of white space squeezed to one space. All return one
-number from 0 to 1 under the metric's name.
+All of them compare normalised texts: stripped, case-folded, runs of white space squeezed to one space; `line_f1` keeps
+the line breaks. All return one number from 0 to 1 under the metric's name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from datasets import Features, Value
 
 
 def normalise(text: str) -> str:
-    """Strip, case-fold and squeeze white space: what all metrics compare."""
+    """Strip, case-fold and squeeze white space: what the metrics compare."""
     return " ".join(text.casefold().split())
 
 
@@ -34,8 +34,11 @@ class _AnswerMetric(evaluate.Metric):
     def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
         if not references:
             raise ValueError(f"{self.name} has nothing to score; give at least one prediction and its reference.")
-        score = self._score([normalise(text) for text in predictions], [normalise(text) for text in references])
+        score = self._score(list(map(self._normalise, predictions)), list(map(self._normalise, references)))
         return {self.name: float(score)}
+
+    def _normalise(self, text: str) -> str:
+        return normalise(text)
 
     def _score(self, predictions: list[str], references: list[str]) -> float:
         raise NotImplementedError
@@ -64,11 +67,21 @@ class TokenF1(_AnswerMetric):
     """Mean over rows of the F1 of shared words, each counted as often as it occurs; two empty texts agree."""
 
     def _score(self, predictions: list[str], references: list[str]) -> float:
-        return _mean(
-            predictions,
-            references,
-            lambda prediction, reference: _f1(Counter(prediction.split()), Counter(reference.split())),
-        )
+        return _mean(predictions, references, _word_f1)
+
+
+class LineF1(_AnswerMetric):
+    """Mean over the reference's lines of the F1 of words shared with the prediction's line in the same place.
+
+    A missing line counts 0, and extra lines of the prediction lower the score, as the sum is divided by the larger
+    number of lines. Blank lines do not count. For answers to several questions, a line each.
+    """
+
+    def _normalise(self, text: str) -> str:
+        return "\n".join(filter(None, map(normalise, text.splitlines())))
+
+    def _score(self, predictions: list[str], references: list[str]) -> float:
+        return _mean(predictions, references, _line_f1)
 
 
 class SlotF1(_AnswerMetric):
@@ -96,6 +109,7 @@ class RougeL(_AnswerMetric):
 METRICS: dict[str, type[_AnswerMetric]] = {
     "accuracy": Accuracy,
     "exact_match": ExactMatch,
+    "line_f1": LineF1,
     "macro_f1": MacroF1,
     "rouge_l": RougeL,
     "slot_f1": SlotF1,
@@ -107,7 +121,7 @@ def load_metric(name: str) -> evaluate.Metric:
     """Load one of our metrics by its name, as `evaluate.load` does for those on the Hub.
 
     Args:
-        name: `accuracy`, `exact_match`, `macro_f1`, `rouge_l`, `slot_f1` or `token_f1`.
+        name: `accuracy`, `exact_match`, `line_f1`, `macro_f1`, `rouge_l`, `slot_f1` or `token_f1`.
 
     The metric keeps its inputs in memory. Raises `ValueError` for another name; `compute` raises `ImportError` if
     `macro_f1` or `rouge_l` miss their package.
@@ -135,6 +149,16 @@ def _mean(predictions: list[str], references: list[str], score: Callable[[str, s
 def _f1(prediction: Counter[Any], reference: Counter[Any]) -> float:
     total = prediction.total() + reference.total()
     return 2 * (prediction & reference).total() / total if total else 1.0
+
+
+def _word_f1(prediction: str, reference: str) -> float:
+    return _f1(Counter(prediction.split()), Counter(reference.split()))
+
+
+def _line_f1(prediction: str, reference: str) -> float:
+    lines, wanted = prediction.splitlines(), reference.splitlines()
+    longer = max(len(lines), len(wanted))
+    return sum(map(_word_f1, lines, wanted)) / longer if longer else 1.0
 
 
 def _slots(texts: list[str]) -> Counter[tuple[int, str, str]]:

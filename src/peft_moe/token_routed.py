@@ -237,29 +237,6 @@ class TokenRoutedTuner(MoeTuner):
 
     # merging
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As in peft, for adapters without routed layers.
-
-        Raises:
-            ValueError: an adapter is routed by tokens; nothing is merged then.
-        """
-        self._check_mergeable(adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        if merge:
-            self._check_mergeable(adapter_names)
-        return super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
-
-    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
-        for adapter in self.active_adapters if adapter_names is None else adapter_names:
-            if any(True for _ in self.routers(adapter)):
-                raise not_mergeable(adapter)
+    def check_mergeable(self, adapter_name: str) -> None:
+        if any(True for _ in self.routers(adapter_name)):
+            raise not_mergeable(adapter_name)

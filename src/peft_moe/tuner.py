@@ -56,6 +56,7 @@ class MoeTuner(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (peft declares it so)
     context: RoutingContext
     recording = False  # whether routers add up statistics
+    reads_prompts = False  # whether routers look at whole prompts
 
     @abstractmethod
     def build_router(
@@ -67,6 +68,10 @@ class MoeTuner(BaseTuner):
     def bank_options(cls, config: MoeConfig) -> dict[str, Any]:
         """What else a method's banks are made with."""
         return {}
+
+    def fill_bank(self, bank: ExpertBank, config: MoeConfig, key: str) -> None:
+        """Give the bank of the module at `key` its first weights."""
+        bank.reset_parameters(self.initialisation(config))
 
     # -- putting layers in --------------------------------------------------------------------------------------------
 
@@ -157,7 +162,7 @@ class MoeTuner(BaseTuner):
             dropout=peft_config.lora_dropout,
             **self.bank_options(peft_config),
         )
-        bank.reset_parameters(self.initialisation(peft_config))
+        self.fill_bank(bank, peft_config, current_key)
         router, shared = self.build_router(peft_config, adapter_name, key=current_key, in_features=layer.in_features)
         layer.update_layer(adapter_name, bank=bank, router=router, shared=shared)
         if layer is not target:
@@ -212,10 +217,9 @@ class MoeTuner(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        if not autocast_adapter_dtype:
-            for layer in self.model.modules():
-                if isinstance(layer, MoeLinear):
-                    layer.cast_router_like_bank(adapter_name)
+        for layer in self.model.modules():
+            if isinstance(layer, MoeLinear):
+                layer.cast_adapter(adapter_name, widen=autocast_adapter_dtype)
         if autocast_adapter_dtype and adapter_name in self.moelora_router:
             half = {p.dtype for p in self.moelora_router[adapter_name].parameters()} & {torch.float16, torch.bfloat16}
             if half:
@@ -250,8 +254,35 @@ class MoeTuner(BaseTuner):
             )
         yield
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = cast(nn.Module, super()._unload_and_optionally_merge(*args, **kwargs))
+    # merging
+
+    def check_mergeable(self, adapter_name: str) -> None:
+        """Raise a ValueError if what an adapter adds depends on the input."""
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in peft.
+
+        Raises:
+            ValueError: what an adapter adds depends on the input; nothing is merged then.
+        """
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            self.check_mergeable(name)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            for name in self.active_adapters if adapter_names is None else adapter_names:
+                self.check_mergeable(name)
+        unloaded = super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        model = cast(nn.Module, unloaded)
         undo_checkpointing(model, self.context)
         for method in ("forward", "generate"):
             Entry.remove(model, method)

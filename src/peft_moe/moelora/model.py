@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import cast
 
+import torch
 from torch import nn
 
-from ..routing import TaskGate, TaskRouter, softmax
+from ..folding import StateDict, WeightsAt, module_from
+from ..routing import TaskGate, TaskRouter, encode_tasks, softmax
 from ..routing.tasks import Task
 from ..tuner import IN_BASE_EXPERTS, MoeTuner
 from .config import MoeLoraConfig
@@ -116,3 +118,28 @@ def new_router(config: MoeLoraConfig, num_experts: int) -> TaskRouter:
     """A task router for layers with this number of experts, with new weights."""
     gate = TaskGate(num_tasks=len(config.task_names), num_experts=num_experts, embedding_dim=config.task_embedding_dim)
     return TaskRouter(gate=gate, select=softmax)
+
+
+@torch.no_grad()
+def weights_of_task(config: MoeLoraConfig, state_dict: StateDict, task: Task | Sequence[Task]) -> WeightsAt:
+    """The weights of a saved adapter's experts under a task, or under several, by the mean of their embeddings.
+
+    Raises:
+        ValueError: unknown task.
+    """
+    several = isinstance(task, Sequence) and not isinstance(task, str)
+    ids = encode_tasks([task] if several else task, config.task_names)
+
+    def weights_at(key: str) -> torch.Tensor | None:
+        n = len(config.experts_at(key).ranks)
+        if n == 1:
+            return None
+        at = (
+            f"base_model.model.{key}.moelora_router."
+            if config.gate_scope == "layer"
+            else f"base_model.moelora_router.{n}."
+        )
+        router = module_from(lambda: new_router(config, n), state_dict, at)
+        return router.of_tasks(ids.to(router.gate.embedding.weight.device))[0]
+
+    return weights_at

@@ -1,11 +1,14 @@
 """From what a call was told, or a layer sees, to the weight of each expert: `Router(gate, select)`."""
 
-from .batch import Batch, keep_mask
+from .batch import Batch, keep_mask, prompt_before_labels
 from .call import View
 from .context import RoutingContext
-from .gates import TaskGate, TokenGate
+from .control import Control, GroupWeights, control_of
+from .gates import GroupedGate, TaskGate, TokenGate
+from .grouped import Decision, GroupedRouter, Router
 from .ledger import Ledger, OutsideScale
-from .router import BalanceTerm, Router, TaskRouter, TokenRouter
+from .prompt import Prompt
+from .router import BalanceTerm, TaskRouter, TokenRouter
 from .select import softmax, top_k, top_p
 from .statistics import RoutingStatistics
 from .tasks import encode_tasks, list_tasks, task_index
@@ -13,8 +16,14 @@ from .tasks import encode_tasks, list_tasks, task_index
 __all__ = [
     "BalanceTerm",
     "Batch",
+    "Control",
+    "Decision",
+    "GroupWeights",
+    "GroupedGate",
+    "GroupedRouter",
     "Ledger",
     "OutsideScale",
+    "Prompt",
     "Router",
     "RoutingContext",
     "RoutingStatistics",
@@ -23,9 +32,11 @@ __all__ = [
     "TokenGate",
     "TokenRouter",
     "View",
+    "control_of",
     "encode_tasks",
     "keep_mask",
     "list_tasks",
+    "prompt_before_labels",
     "softmax",
     "task_index",
     "top_k",

@@ -5,7 +5,7 @@ Shapes: n rows · s tokens
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ class Batch:
         device: where it is.
         mask: (n, s), true for tokens that are no padding; None if the call has no mask.
         decoder_mask: the same for the decoder of an encoder-decoder model.
+        prompt: (n, s), true for the tokens of the prompt; None if all tokens belong to it.
     """
 
     rows: int
@@ -30,11 +31,23 @@ class Batch:
     device: torch.device | None = None
     mask: torch.Tensor | None = None
     decoder_mask: torch.Tensor | None = None
+    prompt: torch.Tensor | None = None
 
     def explains(self, rows: int, axes: int) -> bool:
         """Whether a layer's input with these rows and number of axes keeps the order of this batch."""
         flattened = axes == 2 and self.tokens is not None and rows == self.rows * self.tokens
         return rows == self.rows or flattened or (self.images and rows % self.rows == 0)
+
+    def with_prompt(self, prompt: torch.Tensor) -> Batch:
+        """The same with the tokens (n, s) of prompts marked, if that fits; a step of a longer text has none.
+
+        Raises:
+            ValueError: it is no mask of two axes.
+        """
+        if not isinstance(prompt, torch.Tensor) or prompt.dim() != 2 or prompt.is_floating_point():
+            shape = tuple(prompt.shape) if isinstance(prompt, torch.Tensor) else type(prompt).__name__
+            raise ValueError(f"prompt_mask of {shape}; give bool (batch, tokens), true for the tokens of the prompt.")
+        return replace(self, prompt=prompt.bool()) if prompt.shape[1] == self.tokens else self
 
     def tokens_of(self, x: torch.Tensor, *, in_decoder: bool) -> tuple[torch.Size, torch.Tensor | None]:
         """A layer's input as rows of tokens: its leading axes as (n, s), and the mask (n, s) of the tokens that count.
@@ -51,8 +64,34 @@ class Batch:
             return shape, None
         if mask.shape[1] > shape[1] and (in_decoder or shape[1] != self.tokens):
             return shape, None
-        mask = mask[:, -shape[1] :].to(x.device)  # with a cache, the mask covers earlier tokens too
-        return shape, mask if len(mask) == shape[0] else mask.repeat_interleave(shape[0] // len(mask), dim=0)
+        return shape, _as_rows(mask, shape, x.device)  # with a cache, the mask covers earlier tokens too
+
+    def prompt_of(self, x: torch.Tensor, *, in_decoder: bool) -> tuple[torch.Size, torch.Tensor | None]:
+        """The same, with the mask (n, s) of the tokens that belong to the prompt and are no padding."""
+        shape, mask = self.tokens_of(x, in_decoder=in_decoder)
+        prompt = None if in_decoder else self.prompt
+        if prompt is None or prompt.shape[1] != shape[1] or shape[0] % prompt.shape[0]:
+            return shape, mask
+        prompt = _as_rows(prompt, shape, x.device)
+        return shape, prompt if mask is None else prompt & mask
+
+
+def _as_rows(mask: torch.Tensor, shape: torch.Size, device: torch.device) -> torch.Tensor:
+    """The last columns of a mask, repeated as rows were."""
+    mask = mask[:, -shape[1] :].to(device)
+    return mask if len(mask) == shape[0] else mask.repeat_interleave(shape[0] // len(mask), dim=0)
+
+
+def prompt_before_labels(labels: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """(n, s), true for a row's tokens before its first label; its first token always, which nothing predicts.
+
+    Args:
+        labels: (n, s), -100 where there is none.
+        mask: (n, s), true for tokens that are no padding.
+    """
+    there = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
+    first = there & (there.cumsum(1) == 1)
+    return there & ((labels != -100).cumsum(1) == 0) | first
 
 
 def keep_mask(mask: Any) -> torch.Tensor | None:

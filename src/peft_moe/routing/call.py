@@ -9,7 +9,9 @@ from typing import Any, Protocol
 import torch
 
 from .batch import Batch
+from .control import Control
 from .ledger import Ledger
+from .prompt import Prompt
 from .tasks import Task, TaskIds, list_tasks
 
 HOW = (
@@ -40,6 +42,10 @@ class Call:
         kept: what routers have computed in it and need not compute again.
         ledger: where balance losses go; None unless it is a training call.
         counted: whether statistics have it: not what is generated.
+        controls: by adapter, what a user has fixed.
+        prompt: what routers make of the rows' prompts.
+        prompt_done: whether it has none of the prompt's tokens.
+        prompt_mask: which tokens are the prompt, if the caller has said so.
     """
 
     told: TaskIds | None = None
@@ -48,6 +54,10 @@ class Call:
     kept: dict[Any, torch.Tensor] = field(default_factory=dict)
     ledger: Ledger | None = None
     counted: bool = True
+    controls: dict[str, Control] = field(default_factory=dict)
+    prompt: Prompt = field(default_factory=Prompt)
+    prompt_done: bool = False
+    prompt_mask: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,9 @@ class View:
         kept: what routers have computed in the call and need not compute again.
         ledger: where balance losses go; None unless it is a training call.
         counted: whether statistics have it: not what is generated, nor what runs again for backward.
+        control: what a user has fixed; None for nothing.
+        prompt, prompt_done: as for the call.
+        again: layers run again, for backward.
     """
 
     adapter: str = "default"
@@ -71,6 +84,10 @@ class View:
     kept: dict[Any, torch.Tensor] | None = None
     ledger: Ledger | None = None
     counted: bool = True
+    control: Control | None = None
+    prompt: Prompt | None = None
+    prompt_done: bool = False
+    again: bool = False
 
     def tasks(self) -> torch.Tensor:
         """The ids.

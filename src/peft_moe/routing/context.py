@@ -8,12 +8,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from .batch import Batch
 from .call import HOW, Call, Tasks, View
+from .control import Control
 from .ledger import Ledger, OutsideScale
+from .prompt import Prompt
 from .tasks import Task, TaskIds, encode_tasks, list_tasks
 
 
@@ -38,14 +41,16 @@ class RoutingContext:
         self._warned = False
         self.outside = OutsideScale()
         self.last_ledger: Ledger | None = None
+        self.controls: dict[str, Control] = {}  # by adapter, what a user has fixed
+        self._prompts: WeakKeyDictionary[Any, Prompt] = WeakKeyDictionary()  # by cache, of what it holds
         self._turn = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"_call": Call(), "_depth": 0, "last_ledger": None}
+        fresh = {"_call": Call(), "_depth": 0, "last_ledger": None, "_prompts": None}
         return {name: value for name, value in vars(self).items() if name != "_turn"} | fresh
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _turn=threading.RLock())
+        vars(self).update(state, _turn=threading.RLock(), _prompts=WeakKeyDictionary())
 
     def know(self, adapter: str, tasks: Tasks) -> None:
         """Take note of an adapter's tasks."""
@@ -53,7 +58,7 @@ class RoutingContext:
 
     def forget(self, adapter: str) -> None:
         """Drop what is known of an adapter."""
-        for kept in (self._tasks, self._chosen_ids, self.merged):
+        for kept in (self._tasks, self._chosen_ids, self.merged, self.controls):
             kept.pop(adapter, None)
 
     def choose(self, task: Task | Sequence[Task] | None, adapters: Sequence[str]) -> None:
@@ -85,8 +90,10 @@ class RoutingContext:
         batch: Batch | None = None,
         training: bool = False,
         counted: bool = True,
+        prompt: Prompt | None = None,
+        prompt_mask: torch.Tensor | None = None,
     ) -> Iterator[Ledger | None]:
-        """The span of one call. A call inside it inherits its ids unless it brings its own.
+        """The span of one call. A call inside it inherits its ids unless it brings its own, and its prompts.
 
         Yields:
             the ledger of balance losses, if this is the outermost call and one of training.
@@ -99,9 +106,17 @@ class RoutingContext:
             if outermost or task_ids is not None:
                 ledger = self._new_ledger(training) if outermost else before.ledger
                 call = self._resolve(task_ids, active, batch, training)
-                self._call = replace(call, ledger=ledger, counted=counted if outermost else before.counted)
+                prompt = (prompt or Prompt()) if outermost else before.prompt
+                self._call = replace(
+                    call,
+                    ledger=ledger,
+                    counted=counted if outermost else before.counted,
+                    prompt=prompt,
+                    prompt_done=prompt.done,
+                    prompt_mask=prompt_mask if outermost else before.prompt_mask,
+                )
             elif batch is not None:  # such as a step of generate, which may have repeated the rows
-                self._call = replace(before, batch=batch)
+                self._call = replace(before, batch=batch, prompt_done=before.prompt.done)
             self._depth += 1
             try:
                 yield self._call.ledger if outermost else None
@@ -129,6 +144,30 @@ class RoutingContext:
         return self._call if self._depth or torch._C._current_graph_task_id() != -1 else None
 
     @property
+    def prompt(self) -> Prompt:
+        """What routers make of the prompts of the current call."""
+        return self._call.prompt
+
+    @property
+    def prompt_mask(self) -> torch.Tensor | None:
+        """Which tokens of the current call are the prompt, if its caller has said so."""
+        return self._call.prompt_mask
+
+    def prompt_in(self, cache: Any) -> Prompt | None:
+        """The prompts that a cache of keys and values began with; None if it is not known."""
+        try:
+            return self._prompts.get(cache)
+        except TypeError:  # nothing that could have been kept
+            return None
+
+    def keep_prompt_with(self, cache: Any) -> None:
+        """Let calls that go on with a cache have the prompts of the current call."""
+        try:
+            self._prompts[cache] = self._call.prompt
+        except TypeError:  # a tuple, as old models return
+            return
+
+    @property
     def told(self) -> TaskIds | None:
         """The `task_ids` of the current call as they were given."""
         return self._call.told
@@ -150,8 +189,19 @@ class RoutingContext:
         call = self.current or self._resolve(None, (adapter,))
         names = self._tasks[adapter].task_names if adapter in self._tasks else ()
         again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        counted = call.counted and not again
-        return View(adapter, names, call.ids.get(adapter), call.batch, call.kept, call.ledger, counted)
+        return View(
+            adapter=adapter,
+            names=names,
+            ids=call.ids.get(adapter),
+            batch=call.batch,
+            kept=call.kept,
+            ledger=call.ledger,
+            counted=call.counted and not again,
+            control=call.controls.get(adapter),
+            prompt=call.prompt,
+            prompt_done=call.prompt_done,
+            again=again,
+        )
 
     def one_task(self, adapter: str) -> torch.Tensor:
         """The chosen task as ids (1,) or (1, k), for work that is done once for all rows, such as merging.
@@ -204,7 +254,7 @@ class RoutingContext:
                 else:
                     self._warn_of_default(tasks.default_task, training)
             found[adapter] = ids if batch is None else ids.to(batch.device)
-        return Call(task_ids, found, batch)
+        return Call(task_ids, found, batch, controls=dict(self.controls))
 
     def _check_rows(self, ids: torch.Tensor, batch: Batch | None) -> None:
         if batch is not None and ids.shape[0] not in (1, batch.rows):

@@ -1,7 +1,7 @@
 """Gates make one score per expert.
 
 Shapes: n rows of task ids · k tasks per row · T tasks · d embedding size · E experts · in features
-... any leading axes
+... any leading axes · G groups
 """
 
 from __future__ import annotations
@@ -98,15 +98,15 @@ class TokenGate(nn.Module):
         """τ: a tensor (1,) if it is learnt."""
         if self.temperature_bias is None:
             return self.fixed_temperature
-        return COLDEST + F.softplus(_wide(self.temperature_bias))
+        return COLDEST + F.softplus(wide(self.temperature_bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in). Returns scores (..., E)."""
         with torch.autocast(x.device.type, enabled=False):
-            x = _wide(x)
+            x = wide(x)
             if self.training and self.jitter:
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-            scores = F.linear(x, _wide(self.weight).to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+            scores = F.linear(x, wide(self.weight).to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
             temperature = self.temperature
             return scores if temperature is None else scores / temperature
 
@@ -114,6 +114,70 @@ class TokenGate(nn.Module):
         return f"in_features={self.in_features}, num_experts={self.num_experts}, bias={self.bias is not None}"
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
+class GroupedGate(nn.Module):
+    """Scores of groups `e · W_G / τ_G` and of experts `e · W_D / τ_D` (AT-MoE, arXiv 2410.10896, section 3), and λ.
+
+    The paper does not say how W_D depends on the input; here it is a projection like W_G, or static scores of its own.
+
+    Args:
+        in_features: size of e.
+        num_groups: G; 0 for no scores of groups.
+        num_experts: E.
+        static: the experts' scores are numbers and not a projection of e.
+        group_temperature, expert_temperature: τ_G and τ_D.
+        mix: λ at the start, the share of the mixture beside the general expert.
+        learn_mix: whether λ is trained, as the sigmoid of a number.
+    """
+
+    # All parameters in one module without children, which FSDP and ZeRO-3 gather as one.
+    def __init__(
+        self,
+        *,
+        in_features: int,
+        num_groups: int,
+        num_experts: int,
+        static: bool = False,
+        group_temperature: float = 1.0,
+        expert_temperature: float = 1.0,
+        mix: float = 0.5,
+        learn_mix: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.num_groups, self.num_experts, self.static = in_features, num_groups, num_experts, static
+        self.group_temperature, self.expert_temperature = group_temperature, expert_temperature
+        self.mix = mix
+        projected = num_groups + (0 if static else num_experts)
+        self.weight = nn.Parameter(torch.empty(projected, in_features)) if projected else None  # W_G above W_D
+        # biases by name, so that Trainer gives them no weight decay
+        self.expert_bias = nn.Parameter(torch.empty(num_experts)) if static else None
+        self.mix_bias = nn.Parameter(torch.empty(1)) if learn_mix else None
+        self.reset_parameters()
+
+    def reset_parameters(self, *, even: bool = True) -> None:
+        """Start with even weights, or draw them; put λ at its start."""
+        for scores in (self.weight, self.expert_bias):
+            if scores is not None:
+                nn.init.zeros_(scores) if even else nn.init.normal_(scores, std=self.in_features**-0.5)
+        if self.mix_bias is not None:
+            nn.init.constant_(self.mix_bias, math.log(self.mix / (1 - self.mix)))
+
+    def forward(self, e: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | float]:
+        """e (..., in). Returns scores (..., G) or None, scores (..., E), and λ: a tensor (1,) if it is learnt."""
+        with torch.autocast(e.device.type, enabled=False):
+            e = wide(e)
+            scores = None if self.weight is None else F.linear(e, wide(self.weight).to(e.dtype))
+            groups = scores[..., : self.num_groups] / self.group_temperature if scores is not None else None
+            if self.expert_bias is not None:
+                experts = wide(self.expert_bias).to(e.dtype).expand(*e.shape[:-1], -1)
+            else:
+                experts = scores[..., self.num_groups :]  # type: ignore[index]  # there unless static
+            mix = self.mix if self.mix_bias is None else wide(self.mix_bias).sigmoid().to(e.dtype)
+            return groups if self.num_groups else None, experts / self.expert_temperature, mix
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, num_groups={self.num_groups}, num_experts={self.num_experts}"
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
     """At least float32: in half precision, near ties would be decided by rounding, and differently in each mode."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -48,7 +48,7 @@ class TaskRouter(nn.Module):
         if self not in kept:
             kept[self] = self.of_tasks(tasks)
         # A gate that layers share may be on another device than this layer.
-        return _spread_over_rows(kept[self].to(x.device), x, view.batch)
+        return spread_over_rows(kept[self].to(x.device), x, view.batch)
 
     def of_tasks(self, tasks: torch.Tensor) -> torch.Tensor:
         """The weights (n, E) of tasks (n,) or (n, k), whatever the input is."""
@@ -152,9 +152,6 @@ class TokenRouter(nn.Module):
         return (matches[ids.clamp_min(0)] & (ids >= 0).unsqueeze(-1)).any(1)
 
 
-Router = TaskRouter | TokenRouter
-
-
 def warn_of_padding(shape: torch.Size) -> None:
     """Say that padding in an input cannot be told."""
     if not torch.compiler.is_compiling():
@@ -178,13 +175,21 @@ def warn_of_bypass() -> None:
         )
 
 
-def _spread_over_rows(weights: torch.Tensor, x: torch.Tensor, batch: Batch | None) -> torch.Tensor:
-    """(n, E) to (rows or 1, 1, ..., E), as x (rows, ..., in)."""
-    weights = _repeat_rows(weights, x, x.shape[0], batch)
+def spread_over_rows(
+    weights: torch.Tensor, x: torch.Tensor, batch: Batch | None, what: str = "task_ids"
+) -> torch.Tensor:
+    """(n, E) to (rows or 1, 1, ..., E), as x (rows, ..., in).
+
+    Raises:
+        ValueError: which row of x is whose cannot be told; `what` says what there are n rows of.
+    """
+    weights = _repeat_rows(weights, x, x.shape[0], batch, what)
     return weights.view(weights.shape[0], *(1,) * (x.dim() - 2), weights.shape[-1])
 
 
-def _repeat_rows(values: torch.Tensor, x: torch.Tensor, rows: int, batch: Batch | None) -> torch.Tensor:
+def _repeat_rows(
+    values: torch.Tensor, x: torch.Tensor, rows: int, batch: Batch | None, what: str = "task_ids"
+) -> torch.Tensor:
     """(n, E) to (rows, E), or (1, E) if that is for all: each of the n rows of a batch may have become several.
 
     Beams and returned sequences repeat rows, and some models flatten (batch, seq) into rows; both keep the order of the
@@ -194,8 +199,9 @@ def _repeat_rows(values: torch.Tensor, x: torch.Tensor, rows: int, batch: Batch 
     if n in (1, rows):
         return values
     if rows % n or not (batch is None or batch.explains(x.shape[0], x.dim())):
+        remedy = "give one task for the whole batch" if what == "task_ids" else "use router_input='token'"
         raise ValueError(
-            f"A routed layer got an input of shape {tuple(x.shape)} for {n} rows of task_ids, and cannot tell "
-            "which row is whose; give one task for the whole batch, or leave the layer out with exclude_modules."
+            f"A routed layer got an input of shape {tuple(x.shape)} for {n} rows of {what}, and cannot tell "
+            f"which row is whose; {remedy}, or leave the layer out with exclude_modules."
         )
     return values.repeat_interleave(rows // n, dim=0)

@@ -1,0 +1,206 @@
+"""Config of AT-MoE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..config import Experts, MoeConfig, PeftMoeType, check_count, check_flag, check_fraction
+from ..routing import control_of
+from .sources import Expert, check_source
+
+GENERAL = "general_expert"
+
+
+@dataclass
+class GroupedMoeConfig(MoeConfig):
+    """AT-MoE: `y = W0 x + (λ Σ_g Σ_m W'_G[g] W'_D[g, m] ΔW_gm + (1 - λ) ΔW_general) x` (arXiv 2410.10896, eq. 1).
+
+    Trained LoRAs are the experts ΔW. They stay as they are, and a router in each transformer block is trained to weigh
+    groups of them and the experts within each group, by what enters the block. The paper states no values; the defaults
+    are ours, and docs/atmoe.md has the reasons.
+
+    Args:
+        groups: the experts by group and name: `{"function": {"triage": SOURCE, ...}, "style": {...}}`. A source is a
+            folder or Hub id of a stock LoRA; a dict with that as `source` and, if they apply, `revision`, `subfolder`
+            and `task` (for a task of a MOELoRA adapter); or None for a new expert. A list of names is new experts.
+            When the adapter has been made, every source says what was read: `sha256` of the weights, and the `commit`
+            on the Hub.
+        general_expert: the source of the general expert; None for no general expert, and λ = 1.
+        mix: λ, the share of the mixture beside the general expert, from 0 to 1; None is 0.5, and 1 without one.
+        learn_mix: train λ, a number for each block that starts at `mix`.
+        router_input: `"token"`: each token is routed by itself; `"prompt"`: a row is routed by the mean over its
+            prompt, and its answer's tokens as the prompt was.
+        within_group: what weighs experts within a group: `"projection"` of what the router reads (W_D as a matrix);
+            `"static"`: numbers that are trained, the same for all inputs.
+        flat_routing: one softmax over all experts instead of two; `within_group` then is what weighs them.
+        group_temperature, expert_temperature: τ_G and τ_D.
+        router_norm: divide what the router reads by its root mean square, token by token.
+        train_experts: train the experts too; needed where some are new.
+        r, lora_alpha, lora_dropout: of new experts; dropout also of trained ones that are trained on.
+        target_modules: of new experts; others adapt what they were trained for, so leave it out where there are none.
+        check_base_model: refuse experts that were trained on a base model of another name.
+        num_experts: counted from `groups` and `general_expert`; leave it out.
+        group_weights: what `set_group_weights(..., store=True)` has fixed: its arguments.
+        expert_layout: ranks and scalings of the experts by module, set when the adapter is made and saved with it.
+
+    See `MoeConfig` for the other fields.
+
+    Raises:
+        ValueError: see `MoeConfig`; also sources that are none, and fields that contradict each other.
+
+    Example:
+        >>> config = GroupedMoeConfig(
+        ...     task_type="CAUSAL_LM",
+        ...     groups={"function": {"triage": "me/triage-lora"}, "style": {"concise": "loras/concise"}},
+        ...     general_expert={"source": "me/general-lora", "revision": "v2"},
+        ... )
+        >>> model = get_peft_model(base_model, config)
+    """
+
+    num_experts: int | None = None  # type: ignore[assignment]  # None: counted
+    r: int = 8
+    lora_alpha: float = 16
+    groups: dict[str, Any] = field(default_factory=dict)
+    general_expert: Any = None
+    mix: float | None = None
+    learn_mix: bool = False
+    router_input: Literal["token", "prompt"] = "token"
+    within_group: Literal["projection", "static"] = "projection"
+    flat_routing: bool = False
+    group_temperature: float = 1.0
+    expert_temperature: float = 1.0
+    router_norm: bool = True
+    train_experts: bool = False
+    check_base_model: bool = True
+    group_weights: dict[str, Any] | None = None
+    expert_layout: list[dict[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        self.groups = check_groups(self.groups)
+        self.general_expert = check_source("The general expert", self.general_expert)
+        if self.num_experts not in (None, len(self.sources)):
+            raise ValueError(f"num_experts={self.num_experts!r}, and groups name {len(self.sources)}; leave it out.")
+        self.num_experts = len(self.sources)
+        super().__post_init__()
+        self.peft_type = PeftMoeType.GROUPEDMOE
+        for name, values in (("router_input", ("token", "prompt")), ("within_group", ("projection", "static"))):
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; use one of {values}.")
+        for name in ("learn_mix", "flat_routing", "router_norm", "train_experts", "check_base_model"):
+            check_flag(name, getattr(self, name))
+        for name in ("group_temperature", "expert_temperature"):
+            check_fraction(name, getattr(self, name), "a temperature", low=0.01)
+        check_count("r", self.r, "the rank of a new expert")
+        self._check_mix()
+        self._check_new()
+        if self.num_experts_pattern or self.rank_pattern or self.alpha_pattern:
+            raise ValueError("Experts bring their own ranks and alphas; leave the *_pattern fields out.")
+        if self.group_weights is not None:
+            control_of(self.names, **self.group_weights)
+
+    def _check_mix(self) -> None:
+        if self.mix is not None:
+            check_fraction("mix", self.mix, "the share of the mixture", high=1)
+        if self.general_expert is None and (self.learn_mix or self.mix not in (None, 1)):
+            raise ValueError(
+                f"mix={self.mix!r} and learn_mix={self.learn_mix} share between the mixture and a general expert, and "
+                "there is none; give general_expert, or leave them out."
+            )
+        if self.learn_mix and self.mix in (0, 1):
+            raise ValueError(
+                f"mix={self.mix!r} is where learn_mix cannot start, a sigmoid is never there; use 0.01 to 0.99."
+            )
+
+    def _check_new(self) -> None:
+        if self.new_experts and not self.train_experts:
+            raise ValueError(
+                f"Experts {self.new_experts} have no source, and untrained ones add nothing; name trained LoRAs, or "
+                "set train_experts=True."
+            )
+        if self.target_modules is not None and not self.new_experts and self.expert_layout is None:
+            raise ValueError(
+                f"target_modules={self.target_modules!r} is for new experts; these adapt the modules that they were "
+                "trained for, so leave it out."
+            )
+
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """Names of the experts by group."""
+        return {group: list(experts) for group, experts in self.groups.items()}
+
+    @property
+    def sources(self) -> dict[str, Any]:
+        """The sources in the order of the experts in a layer, by `group/name`, the general one last."""
+        found = {f"{g}/{name}": source for g, experts in self.groups.items() for name, source in experts.items()}
+        return found | ({GENERAL: self.general_expert} if self.general_expert is not None else {})
+
+    @property
+    def new_experts(self) -> list[str]:
+        """Those without a source."""
+        return [name for name, source in self.sources.items() if source is None]
+
+    @property
+    def start_mix(self) -> float:
+        """λ at the start."""
+        return (1.0 if self.general_expert is None else 0.5) if self.mix is None else self.mix
+
+    def experts_at(self, key: str) -> Experts:
+        for entry in self.expert_layout or ():
+            if key in entry["modules"]:
+                return Experts(tuple(entry["ranks"]), tuple(entry["scaling"]))
+        raise ValueError(
+            f"Module {key!r} has no experts in this adapter, which was made for a base model with other modules; "
+            "make a new config from the experts' sources."
+        )
+
+    def lay_out(self, experts: Sequence[Expert | None], keys: Sequence[str]) -> None:
+        """Settle ranks and scalings for the modules at `keys`; None stands for new experts."""
+        layout: dict[tuple[tuple[int, ...], tuple[float, ...]], list[str]] = {}
+        for key in keys:
+            ranks, scaling = [], []
+            for expert in experts:
+                lora = expert.layers.get(key) if expert else None
+                ranks.append(self.r if expert is None else len(lora.a) if lora else 0)
+                scaling.append(self._scaling(key, self.r) if expert is None else float(lora.scaling) if lora else 1.0)
+            layout.setdefault((tuple(ranks), tuple(scaling)), []).append(key)
+        self.expert_layout = [
+            {"ranks": list(ranks), "scaling": list(scaling), "modules": modules}
+            for (ranks, scaling), modules in layout.items()
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        if any(isinstance(source, Expert) for source in self.sources.values()):
+            raise ValueError("The config holds experts that are in memory; make the adapter first, and save that.")
+        return dict(super().to_dict())
+
+    def resolve_layers(self, keys: Sequence[str], targets: Sequence[str]) -> None:
+        known = {key for entry in self.expert_layout or () for key in entry["modules"]}
+        if known and known != set(targets):
+            strangers = sorted(known ^ set(targets))
+            raise ValueError(
+                f"The adapter has experts for {len(known)} modules and the model has {len(targets)} of such names; "
+                f"they differ in {strangers[0]!r}. It was made for another base model, or for another class of it."
+            )
+
+
+def check_groups(groups: Any) -> dict[str, dict[str, Any]]:
+    """The `groups` field with every source in canonical form; raise a ValueError if it is none."""
+    if not isinstance(groups, Mapping) or not groups:
+        raise ValueError(f"groups={groups!r}; give {{'group': {{'expert': 'folder or Hub id', ...}}, ...}}.")
+    found = {}
+    for group, experts in groups.items():
+        if isinstance(experts, (list, tuple)):
+            if len(set(experts)) < len(experts):
+                raise ValueError(f"groups[{group!r}]={experts!r} names an expert twice.")
+            experts = dict.fromkeys(experts)
+        if not isinstance(experts, Mapping) or not experts:
+            raise ValueError(f"groups[{group!r}]={experts!r}; give a mapping of at least one expert to its source.")
+        for name in (group, *experts):
+            if not isinstance(name, str) or not name or "/" in name:
+                raise ValueError(
+                    f"{name!r} in groups is no name; use a text without '/', which stands between group and expert."
+                )
+        found[group] = {name: check_source(f"Expert {group}/{name}", source) for name, source in experts.items()}
+    return found

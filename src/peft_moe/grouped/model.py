@@ -1,0 +1,506 @@
+"""The AT-MoE tuner."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..bank import ExpertBank
+from ..blocks import BlockEntry
+from ..checkpointing import keep_call_through_checkpointing
+from ..entry import Entry
+from ..folding import StateDict, WeightsAt, module_from
+from ..layer import MoeLinear, not_mergeable
+from ..routing import (
+    Batch,
+    Control,
+    GroupedGate,
+    GroupedRouter,
+    GroupWeights,
+    View,
+    control_of,
+    prompt_before_labels,
+)
+from ..schedule import layer_of
+from ..token_routed import OF_ENCODER
+from ..tuner import IN_BASE_EXPERTS, SEQUENCE_FIRST, MoeTuner, modules_outside_adapters
+from .config import GroupedMoeConfig
+from .explain import Explanation
+from .sources import Expert, read_expert
+
+ROUTER = re.compile(r"^base_model\.model\.(?P<key>.+)\.moelora_router\.(?=gate\.)")
+
+
+class GroupedMoeModel(MoeTuner):
+    """Extends the linear layers of a model with trained LoRAs, weighed by a router in each block (arXiv 2410.10896).
+
+    Made by `get_peft_model(model, GroupedMoeConfig(...))`; its methods can be called on the `PeftModel`.
+    """
+
+    _experts: Sequence[Expert | None] | None = None  # while an adapter is being put in
+    _looked: bool = False  # whether labels have been seen to leave prompts
+
+    # -- putting layers in --------------------------------------------------------------------------------------------
+
+    def _pre_injection_hook(self, model: nn.Module, config: GroupedMoeConfig, adapter_name: str) -> None:
+        super()._pre_injection_hook(model, config, adapter_name)
+        self._routers: dict[str, dict[str, GroupedRouter]] = {}  # by adapter and block; registered in a layer each
+        generates = getattr(model, "can_generate", None)
+        self.is_causal = bool(callable(generates) and generates()) and not self.is_encoder_decoder
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # What is read goes into a copy: the user's own config can make another adapter from the same sources.
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self._experts = None
+        for block in self._routers.get(adapter_name, {}):
+            BlockEntry.install(model.get_submodule(block), block, self)
+        if self.reads_prompts and self.is_encoder_decoder:  # which generate calls by itself, with masks of its own
+            Entry.install(cast(Any, model).get_encoder(), "forward", self)
+        config = self._config(adapter_name)
+        if config.group_weights is not None:
+            self.context.controls[adapter_name] = control_of(config.names, **config.group_weights)
+
+    def _config(self, adapter_name: str) -> GroupedMoeConfig:
+        return cast(GroupedMoeConfig, self.peft_config[adapter_name])
+
+    def _prepare_adapter_config(self, peft_config: GroupedMoeConfig, model_config: dict[str, Any]) -> GroupedMoeConfig:
+        if peft_config.expert_layout is None:  # a saved adapter brings its experts, and its sources may be gone
+            self._read_experts(peft_config)
+        return cast(GroupedMoeConfig, super()._prepare_adapter_config(peft_config, model_config))
+
+    def _read_experts(self, config: GroupedMoeConfig) -> None:
+        """Read all sources and compare them with the model."""
+        self._experts = [
+            None if source is None else read_expert(source, name=f"Expert {name}")
+            for name, source in config.sources.items()
+        ]
+        named = dict(zip(config.sources, self._experts, strict=True))
+        modules = dict(modules_outside_adapters(self.model))
+        base = config.base_model_name_or_path or getattr(self.model, "name_or_path", None)
+        for name, expert in named.items():
+            if expert:
+                check_expert(f"Expert {name}", expert, modules, base if config.check_base_model else None)
+        config.groups = {
+            group: {name: expert.origin if (expert := named[f"{group}/{name}"]) else None for name in experts}
+            for group, experts in config.groups.items()
+        }
+        if expert := named.get("general_expert"):
+            config.general_expert = expert.origin
+        adapted = {key for expert in self._experts if expert for key in expert.layers}
+        if config.target_modules is None and adapted:
+            config.target_modules = sorted(adapted)
+
+    def check_routing(self, config: GroupedMoeConfig, keys: list[str]) -> None:
+        if self._experts is not None:
+            left_out = sorted({key for e in self._experts if e for key in e.layers} - set(keys))
+            if left_out:
+                raise ValueError(
+                    f"Experts adapt {left_out[0]!r}, which target_modules or exclude_modules leave out, so that a part "
+                    "of them would be lost; let these fields cover it."
+                )
+            config.lay_out(self._experts, keys)
+        if config.router_input != "prompt":
+            return
+        model_type = self.get_model_config(self.model).get("model_type")
+        inside = next((key for key in keys if IN_BASE_EXPERTS.search(key)), None)
+        if model_type in SEQUENCE_FIRST or inside is not None:
+            why = f"{inside!r} sees tokens picked from all rows" if inside else f"{model_type} does not see rows first"
+            raise ValueError(f"router_input='prompt' routes rows, and {why}; use router_input='token'.")
+
+    @classmethod
+    def bank_options(cls, config: GroupedMoeConfig) -> dict[str, Any]:
+        return {"pretrained": len(config.new_experts) < len(config.sources), "frozen": not config.train_experts}
+
+    def fill_bank(self, bank: ExpertBank, config: GroupedMoeConfig, key: str) -> None:
+        if self._experts is None:  # of a saved adapter, whose weights come next
+            bank.await_weights()
+            return
+        bank.reset_parameters(config.init_lora_weights)
+        if bank.pretrained:
+            bank.fill([self._lora(bank, i, expert, key) for i, expert in enumerate(self._experts)])
+
+    @staticmethod
+    def _lora(bank: ExpertBank, i: int, expert: Expert | None, key: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A and B of an expert in a layer; those of a new one as they have been drawn."""
+        if expert is None:
+            a, b = bank.lora_A.weight.split(bank.ranks)[i], bank.lora_B.weight.split(bank.ranks, dim=1)[i]
+            return a.clone(), b.clone()
+        return expert.layers[key][:2] if key in expert.layers else None
+
+    def build_router(
+        self, config: GroupedMoeConfig, adapter_name: str, *, key: str, in_features: int
+    ) -> tuple[GroupedRouter, bool]:
+        block = self._block_of(config, key)
+        if block is None:
+            return self._new_router(config, key, in_features, owned=True), False
+        shared = self._routers.setdefault(adapter_name, {})
+        if block in shared:
+            return shared[block], True
+        shared[block] = self._new_router(config, key, self._width(block))
+        return shared[block], False
+
+    def _block_of(self, config: GroupedMoeConfig, key: str) -> str | None:
+        """The block whose router a module shares; None for one that does not see the tokens that enter a block."""
+        layer = layer_of(key)
+        block = ".".join(filter(None, (layer[0], str(layer[1])))) if layer else key
+        encoders = config.router_input == "token" and self.is_encoder_decoder and OF_ENCODER.search(key)
+        return None if block == key or encoders or IN_BASE_EXPERTS.search(key) else block
+
+    def _width(self, block: str) -> int:
+        """Features of what enters a block: what its first linear layer reads."""
+        for _, module in modules_outside_adapters(self.model.get_submodule(block)):
+            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            if isinstance(base, (nn.Linear, Conv1D)) or hasattr(base, "in_features"):
+                return int(cast(tuple[int, int], _get_in_out_features(base))[0])
+        raise ValueError(f"Block {block!r} has no linear layer, whose input would say how much enters it.")
+
+    def _new_router(
+        self, config: GroupedMoeConfig, key: str, in_features: int, *, owned: bool = False
+    ) -> GroupedRouter:
+        in_decoder = self.is_encoder_decoder and "decoder" in key.split(".") and not OF_ENCODER.search(key)
+        return new_router(
+            config,
+            in_features,
+            owned=owned,
+            in_decoder=in_decoder,
+            reads_encoder=config.router_input == "prompt" and self.is_encoder_decoder and "decoder" in key.split("."),
+        )
+
+    # -- calls --------------------------------------------------------------------------------------------------------
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether an active adapter routes by prompts."""
+        return any(self._config(name).router_input == "prompt" for name in self.active_adapters)
+
+    def readers(self, block: str) -> list[tuple[GroupedRouter, View]]:
+        """The routers of a block that are to read what enters it."""
+        if not self.adapters_enabled:
+            return []
+        found = [(name, self._routers.get(name, {}).get(block)) for name in self.active_adapters]
+        return [(router, self.context.view(name)) for name, router in found if router is not None]
+
+    def wrap_checkpoints(self, block: nn.Module) -> None:
+        """Let what a block runs again in backward be routed again."""
+        keep_call_through_checkpointing(block, self.context)
+
+    def mark_prompts(
+        self,
+        batch: Batch,
+        prompt_mask: torch.Tensor | None,
+        labels: Any,
+        arguments: Mapping[str, Any],
+        *,
+        training: bool,
+    ) -> Batch:
+        """The batch with the tokens of its prompts marked.
+
+        Args:
+            batch: the batch.
+            prompt_mask: (n, s), as the caller has given it.
+            labels: of the call.
+            arguments: all arguments of the call, by name.
+            training: whether it is a training call.
+
+        Raises:
+            ValueError: prompts cannot be told from answers, or several are packed into a row.
+        """
+        if prompt_mask is not None:
+            return batch.with_prompt(prompt_mask)
+        if not self.is_causal:
+            return batch
+        if arguments.get("shift_labels") is not None:  # the label of each next token
+            labels = nn.functional.pad(arguments["shift_labels"], (1, 0), value=-100)[:, :-1]
+        if labels is None:
+            if training:
+                raise ValueError(
+                    "router_input='prompt' must not see answers in training, and without labels it cannot tell them "
+                    "from prompts; pass labels, or prompt_mask= (batch, tokens), true for the prompt. For losses that "
+                    "are computed outside of the model, router_input='token' needs neither."
+                )
+            return batch
+        refuse_packing(batch, arguments)
+        prompt = prompt_before_labels(labels, batch.mask)
+        if training and not self._looked and not torch.compiler.is_compiling():
+            self._looked = True  # once: looking waits for the device
+            if bool((prompt.sum(1) <= 1).all()):
+                warnings.warn(
+                    "Rows have labels from their first token on, so that no prompt is left and router_input='prompt' "
+                    "sees the first token only; give prompts the label -100, or use router_input='token'.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+        return batch.with_prompt(prompt)
+
+    # -- control and explanation --------------------------------------------------------------------------------------
+
+    def set_group_weights(
+        self,
+        weights: GroupWeights | None = None,
+        *,
+        group_weights: Mapping[str, float] | None = None,
+        off: Sequence[str] = (),
+        mix: float | None = None,
+        store: bool = False,
+        adapter_name: str | None = None,
+    ) -> None:
+        """Fix weights, or switch off groups and experts, for all later calls; without arguments, take that back.
+
+        Args:
+            weights: by group, its own weight among the groups, a number from 0 to 1; or a mapping of its experts to
+                their weights within the group. Those that are not named share what is left, as the router says.
+            group_weights: by group, its own weight, for groups whose experts `weights` has.
+            off: groups (`"style"`) and experts (`"style/concise"`) that get nothing.
+            mix: λ, the share of the mixture beside the general expert.
+            store: keep it in the adapter's config, so that `save_pretrained` saves it; else it is stored nowhere.
+            adapter_name: by default the active adapter.
+
+        Raises:
+            ValueError: an unknown name, a number out of range, weights that do not add up, or a merged adapter.
+
+        Example:
+            >>> model.set_group_weights({"style": {"rigorous": 1.0}})
+            >>> model.set_group_weights({"style": 0.0, "function": {"triage": 0.8}}, mix=1.0)
+        """
+        name = self._one_adapter(adapter_name)
+        given = {"weights": weights, "group_weights": group_weights, "off": list(off), "mix": mix}
+        given = {key: value for key, value in given.items() if value not in (None, [])}
+        control = self._control(name, given)
+        if control is None:
+            self.context.controls.pop(name, None)
+        else:
+            self.context.controls[name] = control
+        if store:
+            self._config(name).group_weights = copy.deepcopy(given) or None
+
+    @contextmanager
+    def routing(
+        self,
+        weights: GroupWeights | None = None,
+        *,
+        group_weights: Mapping[str, float] | None = None,
+        off: Sequence[str] = (),
+        mix: float | None = None,
+        adapter_name: str | None = None,
+    ) -> Iterator[None]:
+        """`set_group_weights` for the calls in a `with` block, in place of what it has fixed; then as before.
+
+        Example:
+            >>> with model.routing({"style": {"rigorous": 1.0}}, off=["domain/surgery"]):
+            ...     model.generate(**inputs)
+        """
+        name = self._one_adapter(adapter_name)
+        before = self.context.controls.get(name)
+        self.set_group_weights(weights, group_weights=group_weights, off=off, mix=mix, adapter_name=name)
+        try:
+            yield
+        finally:
+            if before is None:
+                self.context.controls.pop(name, None)
+            else:
+                self.context.controls[name] = before
+
+    def _control(self, adapter_name: str, given: Mapping[str, Any]) -> Control | None:
+        config = self._config(adapter_name)
+        if any(adapter_name in layer.merged_adapters for layer in self._layers(adapter_name)):
+            raise ValueError(
+                f"Adapter {adapter_name!r} is merged with the weights it had then; call model.unmerge_adapter() first."
+            )
+        if given.get("mix") is not None and config.general_expert is None:
+            raise ValueError(f"mix={given['mix']!r}: the adapter has no general expert to share with; leave mix out.")
+        return control_of(config.names, **given) if given else None
+
+    def _one_adapter(self, adapter_name: str | None) -> str:
+        if adapter_name is None and len(self.active_adapters) != 1:
+            raise ValueError(f"The active adapters are {self.active_adapters}; say which with adapter_name=.")
+        name = adapter_name or self.active_adapters[0]
+        if name not in self.peft_config:
+            raise ValueError(f"adapter_name={name!r}; the model has {sorted(self.peft_config)}.")
+        return name
+
+    @torch.no_grad()
+    def explain(self, batch: Mapping[str, Any], adapter_name: str | None = None) -> Explanation:
+        """Run a batch and say what every block's router decided, with what is fixed now.
+
+        Args:
+            batch: arguments of the model, as for `model(**batch)`.
+            adapter_name: by default the active adapter.
+
+        Returns:
+            weights by block, group and expert, per token or per prompt; see `Explanation`.
+
+        Example:
+            >>> print(model.explain(tokenizer("Chest pain.", return_tensors="pt")))
+        """
+        name = self._one_adapter(adapter_name)
+        routers = dict(self.routers(name))
+        training = self.model.training
+        self.model.eval()
+        for router in routers.values():
+            router.seen = []
+        try:
+            self.model(**batch)
+            seen = {key: router.seen for key, router in routers.items() if router.seen}
+        finally:
+            for router in routers.values():
+                router.seen = None
+            self.model.train(training)
+        if not seen:
+            raise ValueError(f"No router of adapter {name!r} was asked; is it active, enabled and not merged?")
+        return Explanation.of(self._config(name), seen)
+
+    def routers(self, adapter_name: str) -> Iterator[tuple[str, GroupedRouter]]:
+        """Names of blocks, or of linear layers with one of their own, and their routers."""
+        yield from self._routers.get(adapter_name, {}).items()
+        for key, layer in self.model.named_modules():
+            router = layer.router_of(adapter_name) if isinstance(layer, MoeLinear) else None
+            if isinstance(router, GroupedRouter) and router.owned:
+                yield key, router
+
+    def _layers(self, adapter_name: str) -> Iterator[MoeLinear]:
+        for layer in self.model.modules():
+            if isinstance(layer, MoeLinear) and adapter_name in layer.moelora_bank:
+                yield layer
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def check_mergeable(self, adapter_name: str) -> None:
+        control = self.context.controls.get(adapter_name)
+        for _, router in self.routers(adapter_name):
+            if free := router.free_choices(control):
+                raise not_mergeable(adapter_name, free)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._routers.pop(adapter_name, None)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for module in model.modules():
+            BlockEntry.remove(module, self)
+        if self.is_encoder_decoder:
+            Entry.remove(cast(Any, model).get_encoder(), "forward")
+        return model
+
+
+def new_router(
+    config: GroupedMoeConfig,
+    in_features: int,
+    *,
+    owned: bool = False,
+    in_decoder: bool = False,
+    reads_encoder: bool = False,
+) -> GroupedRouter:
+    """A router with new weights, for what has so many features."""
+    names = config.names
+    gate = GroupedGate(
+        in_features=in_features,
+        num_groups=0 if config.flat_routing or len(names) == 1 else len(names),
+        num_experts=sum(map(len, names.values())),
+        static=config.within_group == "static",
+        group_temperature=config.group_temperature,
+        expert_temperature=config.expert_temperature,
+        mix=config.start_mix,
+        learn_mix=config.learn_mix,
+    )
+    gate.reset_parameters(even=config.init_lora_weights is not False)
+    return GroupedRouter(
+        gate=gate,
+        groups=names,
+        has_general=config.general_expert is not None,
+        per_prompt=config.router_input == "prompt",
+        normalize=config.router_norm,
+        reads_encoder=reads_encoder,
+        owned=owned,
+        in_decoder=in_decoder,
+    )
+
+
+def refuse_packing(batch: Batch, arguments: Mapping[str, Any]) -> None:
+    """Raise a ValueError if rows hold several prompts, one after the other."""
+    packed = torch.tensor(arguments.get("cu_seq_lens_q") is not None)
+    positions = arguments.get("position_ids")
+    if batch.mask is None and isinstance(positions, torch.Tensor) and positions.dim() == 2:
+        packed = (positions[:, 1:] == 0).any()
+    message = (
+        "Rows hold several texts, packed one after the other, and router_input='prompt' has one decision for a row; "
+        "turn off packing and padding-free batches, or use router_input='token'."
+    )
+    if packed.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(~packed, message)  # does not wait for the device
+    elif packed:
+        raise ValueError(message)
+
+
+def check_expert(name: str, expert: Expert, modules: Mapping[str, nn.Module], base_model: str | None) -> None:
+    """Raise a ValueError if an expert does not belong to a model with these modules.
+
+    Args:
+        name: what errors call it.
+        expert: the expert.
+        modules: the model's, by name.
+        base_model: the model's name, to be compared by its last part, since one may be a folder and one a Hub id; None
+            for no comparison.
+    """
+    ours, theirs = (str(path).rstrip("/").split("/")[-1] if path else "" for path in (base_model, expert.base_model))
+    if ours and theirs and ours != theirs:
+        raise ValueError(
+            f"{name} was trained on {expert.base_model!r}, and the base model is {base_model!r}; if they are the same, "
+            "set check_base_model=False."
+        )
+    for key, lora in expert.layers.items():
+        module = modules.get(key)
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if base is None:
+            raise ValueError(f"{name} adapts {key!r}, which the base model does not have; it is of another base model.")
+        shape = (
+            _get_in_out_features(base)
+            if isinstance(base, (nn.Linear, Conv1D)) or hasattr(base, "in_features")
+            else None
+        )
+        if shape != (lora.a.shape[1], lora.b.shape[0]):
+            raise ValueError(
+                f"{name} adapts {key!r} from {lora.a.shape[1]} to {lora.b.shape[0]} features, and in the base model "
+                f"that is a {type(base).__name__} of {shape or 'no such sizes'}; it is of another base model."
+            )
+
+
+def fixed_weights(config: GroupedMoeConfig, state_dict: StateDict, control: Control | None) -> WeightsAt:
+    """The weights of a saved adapter's experts by module, if no input has a say in them.
+
+    Raises:
+        ValueError: something depends on the input; the message says what.
+    """
+    routers: dict[str, GroupedRouter] = {}
+    for match in filter(None, map(ROUTER.match, state_dict)):
+        gate = {k: v for k, v in state_dict.items() if k.startswith(match[0])}
+        in_features = next((v.shape[1] for k, v in gate.items() if k.endswith("gate.weight")), 1)
+        routers[match["key"]] = module_from(partial(new_router, config, in_features), gate, match[0])
+    for router in routers.values():
+        if free := router.free_choices(control):
+            raise ValueError(
+                f"Weights cannot be folded while {', '.join(free)} depend on the input; fix them: routing= with the "
+                "arguments of model.set_group_weights."
+            )
+
+    def weights_at(key: str) -> torch.Tensor | None:
+        # one of its own, or that of its block, which another of its layers holds
+        of_block = [k for k in routers if layer_of(k) == layer_of(key)]
+        of_block.sort(key=lambda k: bool(OF_ENCODER.search(k) or IN_BASE_EXPERTS.search(k)))
+        with torch.no_grad():
+            return routers[key if key in routers else of_block[0]].constant(control)
+
+    return weights_at

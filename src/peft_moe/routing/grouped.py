@@ -1,0 +1,193 @@
+"""The router of AT-MoE: one for all linear layers of a transformer block.
+
+Shapes: n rows · s tokens · d features of what enters the block · E experts · G groups
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .batch import Batch
+from .call import View
+from .control import Control, control_of
+from .gates import GroupedGate, wide
+from .router import TaskRouter, TokenRouter, spread_over_rows
+from .select import grouped
+
+
+class Decision(NamedTuple):
+    """What a router decided for each token or prompt.
+
+    Args:
+        groups: (..., G) weights of the groups.
+        within: (..., E) weights of the experts, each group's summing up to 1.
+        mix: λ, the share of the mixture beside the general expert.
+        mask: (n, s) the tokens that count, for decisions per token; None if all do.
+    """
+
+    groups: torch.Tensor
+    within: torch.Tensor
+    mix: torch.Tensor | float
+    mask: torch.Tensor | None = None
+
+
+class GroupedRouter(nn.Module):
+    """Says how much of each expert a token or a prompt gets, by what enters the block (AT-MoE, arXiv 2410.10896).
+
+    `λ · W'_G[g] · W'_D[g, m]` for expert m of group g, and `1 - λ` for the general expert, which comes last.
+
+    The block calls `read` with what enters it, and its linear layers then get the weights by `forward`.
+
+    Args:
+        gate: makes scores.
+        groups: names of the experts by group.
+        has_general: there is a general expert.
+        per_prompt: one decision for a row, from the mean over its prompt, instead of one for each token.
+        normalize: divide each token's features by their root mean square, so that tokens count alike.
+        reads_encoder: in a decoder, the prompt is what the encoder has read.
+        owned: a linear layer alone has it, which reads its own input.
+        in_decoder: the layer is in the decoder of an encoder-decoder model, whose padding is another.
+    """
+
+    def __init__(
+        self,
+        *,
+        gate: GroupedGate,
+        groups: Mapping[str, Sequence[str]],
+        has_general: bool,
+        per_prompt: bool = False,
+        normalize: bool = True,
+        reads_encoder: bool = False,
+        owned: bool = False,
+        in_decoder: bool = False,
+    ) -> None:
+        super().__init__()
+        self.gate = gate
+        self.sizes = tuple(len(experts) for experts in groups.values())
+        self.has_general, self.per_prompt, self.normalize = has_general, per_prompt, normalize
+        self.reads_encoder, self.owned, self.in_decoder = reads_encoder, owned, in_decoder
+        self._free = control_of(groups)
+        self._now: torch.Tensor | None = None  # weights of the block that is being run
+        self.seen: list[Decision] | None = None  # while somebody wants to know
+
+    def read(self, e: torch.Tensor, view: View) -> None:
+        """Decide, for the span of a block's forward; `leave` ends it.
+
+        Args:
+            e: (n, s, d), or (n s, d), what enters the block; in a decoder that looks at prompts, the encoder's output.
+            view: the call.
+        """
+        self._now = self._weights(e, view)
+
+    def leave(self) -> None:
+        """Forget the decision."""
+        self._now = None
+
+    def forward(self, x: torch.Tensor, view: View) -> torch.Tensor:
+        """Weights for the input x (..., in) of a linear layer, as (..., E + 1) that broadcasts against it.
+
+        Raises:
+            RuntimeError: the layer's block has not been entered.
+            ValueError: x is neither the block's tokens nor rows of them.
+        """
+        weights = self._weights(x, view) if self.owned else self._now
+        if weights is None:
+            raise RuntimeError(
+                "A layer was called outside of its block, whose input says how its experts are weighed; call the block "
+                "or the model."
+            )
+        weights = weights.to(x.device)
+        if self.per_prompt:
+            return spread_over_rows(weights, x, view.batch, "prompts")
+        if weights.shape[:-1] == x.shape[:-1]:
+            return weights
+        if x.dim() == 2 and weights.shape[:-1].numel() == x.shape[0]:  # some layers flatten (n, s)
+            return weights.flatten(0, -2)
+        raise ValueError(
+            f"A routed layer got an input of shape {tuple(x.shape)} in a block that was entered by "
+            f"{tuple(weights.shape[:-1])} tokens, and cannot tell which token is which; use router_input='prompt', or "
+            "leave the layer's experts out."
+        )
+
+    def constant(self, control: Control | None) -> torch.Tensor | None:
+        """The weights (E + 1,) if they depend on no input under this control, else None."""
+        if self.free_choices(control):
+            return None
+        nothing = torch.zeros(self.gate.in_features, device=next(self.parameters()).device)
+        return self._combine(self._decide(nothing, control))
+
+    def free_choices(self, control: Control | None) -> list[str]:
+        """What depends on the input under this control, in words."""
+        if self.gate.static and not self.gate.num_groups:
+            return []
+        return (control or self._free).free_choices(static_experts=self.gate.static)
+
+    def _weights(self, e: torch.Tensor, view: View) -> torch.Tensor:
+        if e.shape[-1] != self.gate.in_features:
+            raise ValueError(
+                f"A block is entered by {e.shape[-1]} features, and its router, made for the block's first linear "
+                f"layer, reads {self.gate.in_features}; leave this block's experts out."
+            )
+        if not self.per_prompt:
+            decision = self._decide(self._even(e), view.control)
+            if self.seen is not None:
+                shape, mask = (view.batch or Batch(rows=e.shape[0])).tokens_of(e, in_decoder=self.in_decoder)
+                self.seen.append(
+                    Decision(
+                        decision.groups.reshape(*shape, -1), decision.within.reshape(*shape, -1), decision.mix, mask
+                    )
+                )
+            return self._combine(decision)
+        prompt = view.prompt
+        if prompt is not None and view.prompt_done and self in prompt.weights:
+            return prompt.weights[self]
+        total, count = self._sum(e, view)
+        keep = prompt if not view.again and not torch.compiler.is_compiling() else None
+        if keep is not None:
+            total, count = keep.add(self, total, count)
+        decision = self._decide(total / count.clamp_min(1), view.control)
+        if self.seen is not None:
+            self.seen.append(decision)
+        weights = self._combine(decision)
+        if keep is not None:
+            keep.weights[self] = weights.detach()
+        return weights
+
+    def _even(self, e: torch.Tensor) -> torch.Tensor:
+        """In float32 or wider; with a root mean square of 1, since a few tokens, such as the first, have huge ones."""
+        with torch.autocast(e.device.type, enabled=False):
+            e = wide(e)
+            return e * (e.square().mean(-1, keepdim=True) + 1e-6).rsqrt() if self.normalize else e
+
+    def _sum(self, e: torch.Tensor, view: View) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum (n, d) over the tokens of each row's prompt, and their number (n, 1)."""
+        batch = view.batch or Batch(rows=e.shape[0])
+        shape, mask = batch.prompt_of(e, in_decoder=self.in_decoder and not self.reads_encoder)
+        e = self._even(e).reshape(*shape, -1)
+        if mask is None:
+            return e.sum(1), e.new_full((shape[0], 1), shape[1])
+        weight = mask.to(e.dtype).unsqueeze(-1)
+        return (e * weight).sum(1), weight.sum(1)
+
+    def _decide(self, e: torch.Tensor, control: Control | None) -> Decision:
+        groups, experts, mix = self.gate(e)
+        control = (control or self._free).to(experts.device)
+        weights, within = grouped(groups, experts, sizes=self.sizes, control=control)
+        return Decision(weights, within, mix if control.mix is None else control.mix)
+
+    def _combine(self, decision: Decision) -> torch.Tensor:
+        """One weight per expert, and that of the general expert last."""
+        parts = decision.within.split(self.sizes, dim=-1)
+        of_group = decision.groups.split(1, dim=-1)
+        weights = torch.cat([group * part for group, part in zip(of_group, parts, strict=True)], dim=-1)
+        if not self.has_general:
+            return weights
+        general = 1 - decision.mix + torch.zeros_like(weights[..., :1])
+        return torch.cat([decision.mix * weights, general], dim=-1)
+
+
+Router = TaskRouter | TokenRouter | GroupedRouter
