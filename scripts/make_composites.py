@@ -1,7 +1,7 @@
 """Makes data/medmulti/composite: rows whose instruction needs two tasks at once, from data of single tasks.
 
     python scripts/make_composites.py
-    python scripts/make_composites.py --source data/medmulti/tiny --out /tmp/composite --train 20 --dev 4 --test 10
+    python scripts/make_composites.py --source data/medmulti/tiny --out data/my_composites --train 20 --dev 4 --test 10
 
 The tasks of a group (`group` in tasks.json) have the same inputs, so any two of them can be asked of one input: the row
 has both instructions, and an answer on a line for each, in the order of tasks.json. Train and dev have rows of the

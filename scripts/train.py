@@ -28,7 +28,14 @@ from transformers import (
     set_seed,
 )
 
-from peft_moe import MedMoeLoraConfig, MoeConfig, MoeLoraConfig, MoLoraConfig, TokenRoutedConfig
+from peft_moe import (
+    GroupedMoeConfig,
+    MedMoeLoraConfig,
+    MoeConfig,
+    MoeLoraConfig,
+    MoLoraConfig,
+    TokenRoutedConfig,
+)
 from peft_moe.arguments import parse_arguments
 from peft_moe.callbacks import BalanceScale, RoutingCallback
 from peft_moe.card import model_card, tags_of
@@ -75,18 +82,25 @@ class DataArguments:
     card_license: str | None = field(default=None, metadata={"help": "The adapter's licence, such as apache-2.0."})
 
 
-METHODS = {"moelora": MoeLoraConfig, "molora": MoLoraConfig, "medmoelora": MedMoeLoraConfig, "lora": LoraConfig}
+METHODS = {
+    "moelora": MoeLoraConfig,
+    "molora": MoLoraConfig,
+    "medmoelora": MedMoeLoraConfig,
+    "at_moe": GroupedMoeConfig,
+    "lora": LoraConfig,
+}
 
 
 @dataclass
 class AdapterArguments:
     """The adapter. What is not given has the default of the method's config, which is the paper's."""
 
-    method: Literal["moelora", "molora", "medmoelora", "lora"] = field(
+    method: Literal["moelora", "molora", "medmoelora", "at_moe", "lora"] = field(
         default="moelora", metadata={"help": "lora: peft's stock LoRA, to compare with."}
     )
-    target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "Names of the layers to adapt, or all-linear."}
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the layers to adapt, or all-linear, which is the default; at_moe: the experts'."},
     )
     tasks: list[str] | None = field(
         default=None, metadata={"help": "Names in order of their ids; default: the data's."}
@@ -115,6 +129,23 @@ class AdapterArguments:
         default=None, metadata={"help": "none, switch, variance, cv2, localized, z, or JSON of names and weights."}
     )
     balance_coefficient: float | None = field(default=None, metadata={"help": "Weight of the balance loss."})
+    groups: str | None = field(
+        default=None, metadata={"help": "at_moe: JSON (in YAML a mapping) of group to expert to its folder or Hub id."}
+    )
+    general_expert: str | None = field(default=None, metadata={"help": "at_moe: folder or Hub id of the general LoRA."})
+    mix: float | None = field(default=None, metadata={"help": "at_moe: share of the mixture beside the general one."})
+    learn_mix: bool | None = field(default=None, metadata={"help": "at_moe: train that share, one for each block."})
+    router_input: Literal["token", "prompt"] | None = field(
+        default=None, metadata={"help": "at_moe: route each token by itself, or a row by its prompt."}
+    )
+    within_group: Literal["projection", "static"] | None = field(
+        default=None, metadata={"help": "at_moe: whether weights within a group depend on the input."}
+    )
+    flat_routing: bool | None = field(default=None, metadata={"help": "at_moe: one softmax over all experts."})
+    group_temperature: float | None = field(default=None, metadata={"help": "at_moe: of the softmax over groups."})
+    expert_temperature: float | None = field(default=None, metadata={"help": "at_moe: of the one within a group."})
+    router_norm: bool | None = field(default=None, metadata={"help": "at_moe: whether tokens are normalised for it."})
+    train_experts: bool | None = field(default=None, metadata={"help": "at_moe: train the experts too."})
     stage1: str | None = field(
         default=None,
         metadata={"help": "JSON (in YAML a mapping) for scripts/train_experts.py; train.py leaves it alone."},
@@ -143,7 +174,9 @@ class AdapterArguments:
         for name, value in given.items():
             if isinstance(value, str) and value.startswith(("{", "[")):
                 given[name] = json.loads(value)
-        targets = "all-linear" if self.target_modules == ["all-linear"] else self.target_modules
+        targets: list[str] | str | None = self.target_modules
+        if targets == ["all-linear"] or (targets is None and config_cls is not GroupedMoeConfig):
+            targets = "all-linear"
         if "tasks" in known:
             given["tasks"] = tasks
         return config_cls(task_type="CAUSAL_LM", target_modules=targets, **given)
@@ -251,7 +284,7 @@ def build_trainer(
 ) -> Trainer:
     """The stock Trainer on the encoded rows, drawn from the tasks as the arguments say."""
     config = model.active_peft_config
-    tasks = config.task_names if isinstance(config, MoeConfig) else None
+    tasks = (config.task_names or None) if isinstance(config, MoeConfig) else None
     with args.main_process_first(desc="encoding the data"):
         # the test split too: a row that cannot be used shows before training
         encoded = partial(encode, tokenizer=tokenizer, tasks=tasks, max_length=data_args.max_length)

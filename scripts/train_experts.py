@@ -1,4 +1,4 @@
-"""Stage 1 of AT-MoE: trains the experts that a recipe of method atmoe names, a stock LoRA each, one after the other.
+"""Stage 1 of AT-MoE: trains the experts that a recipe of method at_moe names, a stock LoRA each, one after the other.
 
     python scripts/train_experts.py recipes/at_moe.yaml
     python scripts/train_experts.py recipes/at_moe.yaml --again --model_name_or_path Qwen/Qwen3-0.6B --bf16 true
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
         usage="%(prog)s FILE.yaml [--again] [--NAME VALUE ...]", description=(__doc__ or "").split("\n")[0],
         epilog="All other flags are those of scripts/train.py.", allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("recipe", metavar="FILE.yaml", help="recipe of method atmoe, such as recipes/at_moe.yaml")
+    parser.add_argument("recipe", metavar="FILE.yaml", help="recipe of method at_moe, such as recipes/at_moe.yaml")
     parser.add_argument("--again", action="store_true", help="train experts that are there already, too")
     args, flags = parser.parse_known_args(argv)
     for name in OURS:

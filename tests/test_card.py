@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import hashlib
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -12,7 +13,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny_models import make_model
 
-from peft_moe import MedMoeLoraConfig, MoeConfig, MoeLoraConfig, MoLoraConfig
+from peft_moe import GroupedMoeConfig, MedMoeLoraConfig, MoeConfig, MoeLoraConfig, MoLoraConfig
 from peft_moe.card import METHODS, TAGS, model_card, tags_of
 from peft_moe.data import TaskInfo
 
@@ -223,14 +224,37 @@ def test_the_card_lists_the_schedule_that_the_model_has():
 
 
 def test_each_method_has_a_card_of_existing_fields_and_tags_of_its_own():
-    configs = [LoraConfig, MoeLoraConfig, MoLoraConfig, MedMoeLoraConfig]
-    assert [METHODS[config().peft_type] for config in configs] == list(METHODS.values())
+    grouped = GroupedMoeConfig(groups={"style": ["concise"]}, train_experts=True)
+    configs = [LoraConfig(), MoeLoraConfig(), MoLoraConfig(), MedMoeLoraConfig(), grouped]
+    assert [METHODS[config.peft_type] for config in configs] == list(METHODS.values())
     for config in configs:
-        assert set(METHODS[config().peft_type].fields) <= {f.name for f in fields(config)}
-    tags = [frozenset(tags_of(config())) for config in configs]
+        assert set(METHODS[config.peft_type].fields) <= {f.name for f in fields(config)}
+    tags = [frozenset(tags_of(config)) for config in configs]
     assert len(set(tags)) == len(configs)
-    assert [("peft-moe" in found) for found in tags] == [issubclass(config, MoeConfig) for config in configs]
+    assert [("peft-moe" in found) for found in tags] == [isinstance(config, MoeConfig) for config in configs]
     assert tags_of(MoeLoraConfig()) == list(TAGS)
+
+
+def test_the_card_of_composed_loras_says_where_each_came_from(tmp_path):
+    stock = get_peft_model(make_model("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    stock.save_pretrained(tmp_path / "lora")
+    sha256 = hashlib.sha256((tmp_path / "lora" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    source = {"source": str(tmp_path / "lora"), "revision": "v2"}
+    config = GroupedMoeConfig(
+        task_type="CAUSAL_LM", groups={"style": {"concise": source}}, general_expert=str(tmp_path / "lora"), mix=0.25
+    )
+    card = make_card(make_adapter(config))
+    for part in [
+        "An AT-MoE adapter ([arXiv 2410.10896](https://arxiv.org/abs/2410.10896)) for `me/base`",
+        "weighs them for each token, over groups, and within each group. The general expert has the share 1 - λ",
+        "with λ 0.25.",
+        f"| style/concise | `{tmp_path / 'lora'}` | v2 | {sha256[:16]} |",
+        f"| general_expert | `{tmp_path / 'lora'}` |  | {sha256[:16]} |",
+        "| router_input | token |",
+        "author    = {Li, Xurui and Yao, Juanjuan}",
+    ]:
+        assert part in card.text
+    assert "set_task" not in card.text
 
 
 def test_an_adapter_of_another_kind_is_refused():

@@ -111,7 +111,7 @@ ORDER = [
     {"_register"},
     {"compose", "fold"},
     {"metrics", "reading", "arguments", "data"},
-    {"callbacks", "evaluation", "training", "card"},
+    {"callbacks", "card_methods", "evaluation", "training", "card"},
     {"cli"},
 ]
 

@@ -13,6 +13,7 @@ import torch
 import yaml
 from hub_server import client_environment
 from huggingface_hub import ModelCard
+from make_composites import MEDMULTI
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig
 from safetensors.torch import load_file
 from tiny_models import make_model
@@ -306,7 +307,10 @@ def test_a_wrong_argument_is_named_before_training(recipe, tmp_path, flags, mess
 def test_recipes_are_understood_and_use_data_that_is_here(path, tmp_path):
     arguments = (ModelArguments, DataArguments, AdapterArguments, TrainingArguments)
     _, data_args, adapter_args, args = parse_arguments(arguments, [str(path), "--use_cpu", "true"])
-    assert (ROOT / data_args.dataset / "train.jsonl").exists()
+    if path.stem == "at_moe":  # its data are made by a script, which puts them here unless told otherwise
+        assert ROOT / data_args.dataset == MEDMULTI / "composite"
+    else:
+        assert (ROOT / data_args.dataset / "train.jsonl").exists()
     config = adapter_args.config(["a", "b"])
     assert type(config) is {"quickstart": MoeLoraConfig, "lora_baseline": LoraConfig}.get(
         path.stem, METHODS.get(path.stem)

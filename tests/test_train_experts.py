@@ -26,7 +26,7 @@ def recipe(tmp_path: Path) -> Path:
         "model_name_or_path": str(tmp_path / "base"),
         "dataset": str(tmp_path / "of stage 2"),
         "test_split": "test",
-        "method": "atmoe",
+        "method": "at_moe",
         "groups": {"wood": {"size": folders["size"]}, "crown": {"foliage": folders["foliage"]}},
         "general_expert": folders["general"],
         "router_input": "token",
