@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from helpers import TARGETS
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import TASK_TYPES, make_model
+from tiny_models import TASK_TYPES, make_inputs, make_model
+from torch import nn
 
 from peft_moe import GroupedMoeConfig
 
@@ -32,20 +33,15 @@ def make_lora(folder, arch: str = "llama", *, seed: int, **lora_fields) -> str:
     return str(folder)
 
 
-def make_experts(arch: str, tmp_path: Path, **lora_fields) -> dict[str, str]:
-    """Folders of the four experts a, b, c and the general p, of different ranks, alphas and targets."""
-    return {
-        name: make_lora(
-            Path(tmp_path) / arch / name,
-            arch,
-            seed=seed,
-            r=r,
-            lora_alpha=alpha,
-            target_modules=TARGETS[arch][targets],
-            **lora_fields,
-        )
-        for seed, (name, (r, alpha, targets)) in enumerate(EXPERTS.items(), start=1)
-    }
+def make_experts(arch: str, tmp_path: Path) -> dict[str, str]:
+    """Folders of the experts a, b and c and the general p, of different ranks, alphas and targets; made once."""
+    folders = {}
+    for seed, (name, (r, alpha, targets)) in enumerate(EXPERTS.items(), start=1):
+        folder = Path(tmp_path) / arch / name
+        if not folder.exists():
+            make_lora(folder, arch, seed=seed, r=r, lora_alpha=alpha, target_modules=TARGETS[arch][targets])
+        folders[name] = str(folder)
+    return folders
 
 
 def grouped_config(arch: str, tmp_path: Path, **config_fields) -> GroupedMoeConfig:
@@ -64,3 +60,20 @@ def grouped(arch: str, tmp_path: Path, *, seed: int = 0, **config_fields) -> Pef
     """A tiny model with an AT-MoE adapter, in eval mode."""
     torch.manual_seed(seed)
     return get_peft_model(make_model(arch), grouped_config(arch, tmp_path, **config_fields)).eval()
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The same model; what it computes in training is then what it computes otherwise."""
+    for module in model.modules():
+        for field, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in field or (field == "p" and isinstance(module, nn.Dropout))):
+                setattr(module, field, 0.0)
+    return model
+
+
+def answered(arch: str, *, prompt: int = 3, **sizes) -> dict[str, torch.Tensor]:
+    """A batch of prompts of so many tokens and answers, which alone have labels."""
+    inputs = make_inputs(arch, **sizes)
+    if arch in ("llama", "gpt2", "opt"):
+        inputs["labels"][:, :prompt] = -100
+    return inputs

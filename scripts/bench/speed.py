@@ -3,16 +3,19 @@
     python scripts/bench/speed.py --output runs/speed.json
     python scripts/bench/speed.py --method molora --rounds 9
     python scripts/bench/speed.py --method medmoelora --rounds 9
+    python scripts/bench/speed.py --method at_moe --rounds 9
     python scripts/bench/speed.py --method recording --rounds 13
 
 Forward and backward of a training step, a prefill, and one decoded token, on SmolLM2-135M; medians over rounds, with
 the spread of the ratios between rounds. For moelora, rows of the batch have different tasks; molora and medmoelora are
-as their papers have them; recording is molora while its routing is recorded, against molora.
+as their papers have them; at_moe is 8 frozen experts of rank 16 in 3 groups and a general one, routed per token, and
+at_moe_prompt the same per prompt; recording is molora while its routing is recorded, against molora.
 """
 
 import argparse
 import json
 import re
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +26,11 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from peft_moe import MedMoeLoraConfig, MoeLoraConfig, MoLoraConfig
+from peft_moe import GroupedMoeConfig, MedMoeLoraConfig, MoeLoraConfig, MoLoraConfig, read_expert
 from peft_moe.layer import MoeLinear
 
 ROOT = Path(__file__).parents[2]
+METHODS = ["moelora", "molora", "medmoelora", "at_moe", "at_moe_prompt", "recording"]
 
 
 def main() -> None:
@@ -34,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "speed.json")
     parser.add_argument("--model", default=str(ROOT / "models" / "SmolLM2-135M-Instruct"))
-    parser.add_argument("--method", choices=["moelora", "molora", "medmoelora", "recording"], default="moelora")
+    parser.add_argument("--method", choices=METHODS, default="moelora")
     parser.add_argument("--r", type=int, default=64, help="total rank of moelora")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=128)
@@ -69,13 +73,30 @@ def build(base: str, method: str, r: int, dtype: torch.dtype) -> list[PeftModel]
         "medmoelora": MedMoeLoraConfig(**shared),
         "recording": MoLoraConfig(**shared),
     }
-    model = adapt(configs[method])
+    model = adapt(configs[method] if method in configs else trained_experts(base, shared, method))
     if method == "recording":
         model.record_routing()
         return [adapt(MoLoraConfig(**shared)), model]
     layers = [(key, layer) for key, layer in model.base_model.model.named_modules() if isinstance(layer, MoeLinear)]
     ranks = {re.escape(key): sum(layer.moelora_bank["default"].ranks) for key, layer in layers}
     return [adapt(LoraConfig(**shared, rank_pattern=ranks, alpha_pattern={k: 2 * r for k, r in ranks.items()})), model]
+
+
+def trained_experts(base: str, shared: dict[str, Any], method: str) -> GroupedMoeConfig:
+    """Nine times the same LoRA, since their numbers do not matter here."""
+    lora = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(**shared, r=16, lora_alpha=32, init_lora_weights=False)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        lora.save_pretrained(folder)
+        expert = read_expert(folder)
+    groups = {"a": 3, "b": 3, "c": 2}
+    return GroupedMoeConfig(
+        task_type="CAUSAL_LM",
+        groups={group: {f"{group}{i}": expert for i in range(n)} for group, n in groups.items()},
+        general_expert=expert,
+        router_input="prompt" if method == "at_moe_prompt" else "token",
+    )
 
 
 def inputs_for(model: PeftModel, batch: int, seq: int) -> dict[str, torch.Tensor]:

@@ -137,9 +137,7 @@ def _at_moe(config: GroupedMoeConfig) -> str:
         f"Trained LoRAs are its experts, {trained} a router in each block that weighs them for {what}, {chosen}."
         f"{general if config.general_expert is not None else ''} It needs no task. With weights that are fixed by "
         "`model.set_group_weights` it can be merged into the base model and folded into a stock LoRA.\n\n"
-        + table(
-            ("expert", "from", "revision or commit", "sha256"), [_origin(*item) for item in config.sources.items()]
-        )
+        + table(("expert", "from", "revision or commit", "sha256"), [_origin(*item) for item in config.sources.items()])
     )
 
 

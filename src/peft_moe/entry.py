@@ -122,6 +122,10 @@ class Entry:
         cache = kwargs.get("past_key_values")
         if self.method == "generate":
             return batch, Prompt(to_come=_tokens_to_read(batch, cache, self.tuner.is_encoder_decoder))
+        outer = context.batch if context.open else None
+        if outer is not None and outer.mask is not None and batch.mask is None:
+            # generate makes other masks of its own for caches of a fixed size
+            batch = batch.with_mask(outer.mask)
         if self.owner is self.tuner.model:
             batch = self.tuner.mark_prompts(batch, prompt_mask, labels, kwargs, training=training)
         known = None if context.open or prompt_mask is not None or labels is not None else context.prompt_in(cache)

@@ -26,7 +26,7 @@ from .grouped.config import GroupedMoeConfig
 from .grouped.model import fixed_weights
 from .moelora.config import MoeLoraConfig
 from .moelora.model import weights_of_task
-from .routing import Control, control_of
+from .routing import Control
 from .routing.tasks import Task
 
 # Fields that mean the same in a stock LoRA.
@@ -84,7 +84,7 @@ def fold(
     else:
         if task is not None:
             raise ValueError(f"task={task!r}: GROUPEDMOE adapters know no tasks; pass routing= to fix their weights.")
-        control = control_of(config.names, **routing) if routing is not None else control
+        control = config.control(routing) if routing is not None else control
         weights_at, choice = fixed_weights(config, state_dict, control), routing
     lora_config, lora_state_dict = fold_state_dict(config, state_dict, weights_at)
     _write(Path(out_dir), lora_config, lora_state_dict, _card(config, lora_config, choice), overwrite)
@@ -147,7 +147,7 @@ def _read(
         )
     config = _check(PeftConfig.from_pretrained(str(source), **hub_kwargs), source)
     stored = config.group_weights if isinstance(config, GroupedMoeConfig) else None
-    control = control_of(config.names, **stored) if stored else None  # type: ignore[union-attr]
+    control = config.control(stored) if stored else None  # type: ignore[union-attr]
     return config, load_peft_weights(str(source), device="cpu", **hub_kwargs), control
 
 

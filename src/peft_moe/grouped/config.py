@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..config import Experts, MoeConfig, PeftMoeType, check_count, check_flag, check_fraction
-from ..routing import control_of
+from ..routing import Control, control_of
 from .sources import Expert, check_source
 
 GENERAL = "general_expert"
+CONTROLS = ("weights", "group_weights", "off", "mix")  # arguments that fix weights
 
 
 @dataclass
@@ -98,7 +99,7 @@ class GroupedMoeConfig(MoeConfig):
         if self.num_experts_pattern or self.rank_pattern or self.alpha_pattern:
             raise ValueError("Experts bring their own ranks and alphas; leave the *_pattern fields out.")
         if self.group_weights is not None:
-            control_of(self.names, **self.group_weights)
+            self.control(self.group_weights)
 
     def _check_mix(self) -> None:
         if self.mix is not None:
@@ -145,6 +146,20 @@ class GroupedMoeConfig(MoeConfig):
     def start_mix(self) -> float:
         """λ at the start."""
         return (1.0 if self.general_expert is None else 0.5) if self.mix is None else self.mix
+
+    def control(self, given: object) -> Control:
+        """What `set_group_weights` fixes when it is given these arguments.
+
+        Raises:
+            ValueError: they are no such arguments, or contradict each other or the adapter.
+        """
+        if not isinstance(given, Mapping) or not given.keys() <= set(CONTROLS):
+            raise ValueError(
+                f"{given!r} fixes no weights; give a mapping of some of {list(CONTROLS)}, as for set_group_weights."
+            )
+        if given.get("mix") is not None and self.general_expert is None:
+            raise ValueError(f"mix={given['mix']!r}: the adapter has no general expert to share with; leave mix out.")
+        return control_of(self.names, **given)
 
     def experts_at(self, key: str) -> Experts:
         for entry in self.expert_layout or ():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -28,7 +28,6 @@ from ..routing import (
     GroupedRouter,
     GroupWeights,
     View,
-    control_of,
     prompt_before_labels,
 )
 from ..schedule import layer_of
@@ -71,7 +70,7 @@ class GroupedMoeModel(MoeTuner):
             Entry.install(cast(Any, model).get_encoder(), "forward", self)
         config = self._config(adapter_name)
         if config.group_weights is not None:
-            self.context.controls[adapter_name] = control_of(config.names, **config.group_weights)
+            self.context.controls[adapter_name] = config.control(config.group_weights)
 
     def _config(self, adapter_name: str) -> GroupedMoeConfig:
         return cast(GroupedMoeConfig, self.peft_config[adapter_name])
@@ -276,7 +275,8 @@ class GroupedMoeModel(MoeTuner):
             >>> model.set_group_weights({"style": 0.0, "function": {"triage": 0.8}}, mix=1.0)
         """
         name = self._one_adapter(adapter_name)
-        given = {"weights": weights, "group_weights": group_weights, "off": list(off), "mix": mix}
+        off = list(off) if isinstance(off, Iterable) and not isinstance(off, str) else off
+        given = {"weights": weights, "group_weights": group_weights, "off": off, "mix": mix}
         given = {key: value for key, value in given.items() if value not in (None, [])}
         control = self._control(name, given)
         if control is None:
@@ -314,14 +314,11 @@ class GroupedMoeModel(MoeTuner):
                 self.context.controls[name] = before
 
     def _control(self, adapter_name: str, given: Mapping[str, Any]) -> Control | None:
-        config = self._config(adapter_name)
         if any(adapter_name in layer.merged_adapters for layer in self._layers(adapter_name)):
             raise ValueError(
                 f"Adapter {adapter_name!r} is merged with the weights it had then; call model.unmerge_adapter() first."
             )
-        if given.get("mix") is not None and config.general_expert is None:
-            raise ValueError(f"mix={given['mix']!r}: the adapter has no general expert to share with; leave mix out.")
-        return control_of(config.names, **given) if given else None
+        return self._config(adapter_name).control(given) if given else None
 
     def _one_adapter(self, adapter_name: str | None) -> str:
         if adapter_name is None and len(self.active_adapters) != 1:
@@ -347,8 +344,9 @@ class GroupedMoeModel(MoeTuner):
         """
         name = self._one_adapter(adapter_name)
         routers = dict(self.routers(name))
-        training = self.model.training
+        modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
+        self.recording = True  # so that the call keeps its masks
         for router in routers.values():
             router.seen = []
         try:
@@ -357,13 +355,16 @@ class GroupedMoeModel(MoeTuner):
         finally:
             for router in routers.values():
                 router.seen = None
-            self.model.train(training)
+            self.recording = False
+            for module, training in modes.items():
+                module.training = training
         if not seen:
             raise ValueError(f"No router of adapter {name!r} was asked; is it active, enabled and not merged?")
         return Explanation.of(self._config(name), seen)
 
-    def routers(self, adapter_name: str) -> Iterator[tuple[str, GroupedRouter]]:
-        """Names of blocks, or of linear layers with one of their own, and their routers."""
+    def routers(self, adapter_name: str | None = None) -> Iterator[tuple[str, GroupedRouter]]:
+        """Names of blocks, or of linear layers with their own, and their routers; by default of the active adapter."""
+        adapter_name = self.active_adapters[0] if adapter_name is None else adapter_name
         yield from self._routers.get(adapter_name, {}).items()
         for key, layer in self.model.named_modules():
             router = layer.router_of(adapter_name) if isinstance(layer, MoeLinear) else None

@@ -29,7 +29,7 @@ from ..moelora.model import weights_of_task
 # A path or Hub id; the same with "revision", "subfolder" or "task"; an adapter that is loaded; None for a new expert.
 Source = "str | Mapping[str, Any] | Expert | None"
 ENTRIES = ("source", "revision", "subfolder", "task")
-FOUND = ("sha256", "commit")  # entries that are set when the source has been read
+FOUND = ("sha256", "commit", "loaded")  # entries that are set when the source has been read
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
 
 # Fields of a stock LoRA that do not change what its A and B mean; any other has to have its default.
@@ -60,7 +60,7 @@ class Expert:
     Args:
         layers: its parts by name of the module.
         origin: where it came from: `source`, and as far as they apply `revision`, `subfolder`, `task`, `commit` and
-            `sha256`.
+            `sha256`; `loaded` if the source was the name of an adapter in a model.
         base_model: the base model that it was trained on, as its config names it.
         task_type: peft's.
     """
@@ -114,9 +114,10 @@ def read_expert(source: Any, *, name: str = "expert") -> Expert:
     where = f"{name} ({entries['source']})"
     config_path = _find(CONFIG_NAME, entries, where)
     config = _read_config(config_path, where)
-    weights_path = _find(SAFETENSORS_WEIGHTS_NAME, entries, where)
+    commit = extract_commit_hash(str(config_path), None)  # of a branch that may move on before the next file
+    weights_path = _find(SAFETENSORS_WEIGHTS_NAME, {**entries, "revision": commit or entries.get("revision")}, where)
     origin = {key: entries[key] for key in ENTRIES if entries.get(key) is not None} | {"sha256": _sha256(weights_path)}
-    if commit := extract_commit_hash(str(weights_path), None):
+    if commit:
         origin["commit"] = commit
     if entries.get("sha256") not in (None, origin["sha256"]):
         raise ValueError(

@@ -38,6 +38,10 @@ class Batch:
         flattened = axes == 2 and self.tokens is not None and rows == self.rows * self.tokens
         return rows == self.rows or flattened or (self.images and rows % self.rows == 0)
 
+    def with_mask(self, mask: torch.Tensor) -> Batch:
+        """The same with a mask (n, s) of the tokens that are no padding, if that fits."""
+        return replace(self, mask=mask) if mask.shape[1] == self.tokens and self.rows % len(mask) == 0 else self
+
     def with_prompt(self, prompt: torch.Tensor) -> Batch:
         """The same with the tokens (n, s) of prompts marked, if that fits; a step of a longer text has none.
 
@@ -67,10 +71,19 @@ class Batch:
         return shape, _as_rows(mask, shape, x.device)  # with a cache, the mask covers earlier tokens too
 
     def prompt_of(self, x: torch.Tensor, *, in_decoder: bool) -> tuple[torch.Size, torch.Tensor | None]:
-        """The same, with the mask (n, s) of the tokens that belong to the prompt and are no padding."""
+        """The same, with the mask (n, s) of the tokens that belong to the prompt and are no padding.
+
+        Raises:
+            ValueError: the layer sees other tokens than the call has, so that it cannot be told which these are.
+        """
         shape, mask = self.tokens_of(x, in_decoder=in_decoder)
-        prompt = None if in_decoder else self.prompt
-        if prompt is None or prompt.shape[1] != shape[1] or shape[0] % prompt.shape[0]:
+        prompt, padding = (None, self.decoder_mask) if in_decoder else (self.prompt, self.mask)
+        if (prompt is not None and prompt.shape[1] != shape[1]) or (padding is not None and mask is None):
+            raise ValueError(
+                f"A layer sees {shape[1]} tokens of {shape[0]} rows and the call has {self.tokens} of {self.rows}, so "
+                "that it cannot be told which belong to the prompt; use router_input='token'."
+            )
+        if prompt is None:
             return shape, mask
         prompt = _as_rows(prompt, shape, x.device)
         return shape, prompt if mask is None else prompt & mask

@@ -144,6 +144,11 @@ class RoutingContext:
         return self._call if self._depth or torch._C._current_graph_task_id() != -1 else None
 
     @property
+    def batch(self) -> Batch | None:
+        """The input of the current call."""
+        return self._call.batch
+
+    @property
     def prompt(self) -> Prompt:
         """What routers make of the prompts of the current call."""
         return self._call.prompt

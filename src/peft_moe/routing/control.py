@@ -6,8 +6,9 @@ Shapes: E experts · G groups
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,6 +97,9 @@ def control_of(
         ValueError: an unknown name, a number out of range, weights that add up to more than 1, or to less where nothing
             is left to take the rest, or everything switched off.
     """
+    for name, given in (("weights", weights), ("group_weights", group_weights)):
+        if not isinstance(given, (Mapping, type(None))):
+            raise ValueError(f"{name}={given!r} is no mapping; give {{'group': weight, ...}}.")
     own, within = dict(group_weights or {}), {}
     for group, value in (weights or {}).items():
         if isinstance(value, Mapping):
@@ -117,13 +121,14 @@ def control_of(
         expert_fixed += row_fixed
         expert_rest += [row_rest] * len(experts)
         settled[group] = _is_settled(row_bias, row_rest)
+    tensor = partial(torch.tensor, dtype=torch.float32, device="cpu")  # whatever is the default, such as meta
     return Control(
-        group_bias=torch.tensor(bias),
-        group_fixed=torch.tensor(fixed),
+        group_bias=tensor(bias),
+        group_fixed=tensor(fixed),
         group_rest=rest,
-        expert_bias=torch.tensor(expert_bias),
-        expert_fixed=torch.tensor(expert_fixed),
-        expert_rest=torch.tensor(expert_rest),
+        expert_bias=tensor(expert_bias),
+        expert_fixed=tensor(expert_fixed),
+        expert_rest=tensor(expert_rest),
         mix=None if mix is None else float(mix),
         settled_groups=_is_settled(bias, rest),
         settled_experts=settled,
@@ -164,8 +169,8 @@ def _is_settled(bias: Sequence[float], rest: float) -> bool:
 
 
 def _split_off(groups: Mapping[str, Sequence[str]], off: Sequence[str]) -> tuple[set[str], dict[str, set[str]]]:
-    if isinstance(off, str):
-        raise ValueError(f"off={off!r} is one name; give a list of groups and of 'group/expert'.")
+    if isinstance(off, str) or not isinstance(off, Iterable):
+        raise ValueError(f"off={off!r} is no list; give a list of groups and of 'group/expert'.")
     whole: set[str] = set()
     parts: dict[str, set[str]] = {group: set() for group in groups}
     for name in off:
