@@ -1,17 +1,28 @@
 """AT-MoE: its equation, what is trained, and what adapters do: decoding, checkpointing, saving, trainers."""
 
+import copy
+import io
+import pickle
+import shutil
+import socket
+import warnings
 
 import pytest
 import torch
-from grouped_helpers import EXPERTS, answered, grouped, make_experts
+from datasets import Dataset
+from grouped_helpers import EXPERTS, answered, grouped, grouped_config, make_experts, without_dropout
 from helpers import adapter_gradients, logits, routed_layers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
-from tiny_models import BUILDERS, PAD, make_inputs, make_model
+from safetensors.torch import load_file, save_file
+from tiny_models import BUILDERS, PAD, SIZES, make_inputs, make_model
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from peft_moe import GroupedMoeConfig
+from peft_moe.blocks import BlockEntry
 
 CAUSAL = ["llama", "gpt2", "opt"]
 INPUTS = ["token", "prompt"]
@@ -32,6 +43,13 @@ def routers(model):
 def stock(arch, folder, expert):
     """The base model with one of the experts as peft loads it."""
     return PeftModel.from_pretrained(make_model(arch), make_experts(arch, folder)[expert]).eval()
+
+
+def with_routers_of(model, other):
+    """The same model with the other's routers."""
+    for router, twin in zip(routers(model).values(), routers(other).values(), strict=True):
+        router.load_state_dict(twin.state_dict())
+    return model
 
 
 def close(found, expected):
@@ -215,7 +233,8 @@ def test_with_mix_0_it_is_the_general_lora_alone(arch, router_input, folder):
 @pytest.mark.parametrize("arch", ENDS)
 def test_with_mix_1_the_general_lora_is_as_if_it_were_not_there(arch, folder):
     inputs = make_inputs(arch)
-    model, without = grouped(arch, folder, mix=1), grouped(arch, folder, general_expert=None)
+    model = grouped(arch, folder, mix=1)
+    without = with_routers_of(grouped(arch, folder, general_expert=None), model)
     close(logits(model, inputs), logits(without, inputs))
     assert not torch.allclose(logits(model, inputs), logits(grouped(arch, folder), inputs), atol=1e-4)
 
@@ -308,7 +327,7 @@ def test_only_routers_get_gradients_and_change(arch, router_input, learn_mix, fo
 def test_experts_can_be_trained_on_from_what_they_are(router_input, folder, tmp_path):
     inputs = answered("llama")
     frozen = grouped("llama", folder, router_input=router_input)
-    model = grouped("llama", folder, router_input=router_input, train_experts=True)
+    model = with_routers_of(grouped("llama", folder, router_input=router_input, train_experts=True), frozen)
     assert torch.equal(logits(model, inputs), logits(frozen, inputs))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     banks = {name for name, _ in frozen.named_buffers() if ".moelora_bank.default.lora_" in name}
@@ -422,3 +441,613 @@ def test_an_encoder_decoder_generates_what_full_forwards_say(folder):
     for _ in range(5):
         ids = torch.cat([ids, logits(model, inputs, decoder_input_ids=ids)[:, -1:].argmax(-1)], 1)
     assert torch.equal(model.generate(**inputs, **GREEDY), ids)
+
+
+# -- checkpointing and compiling --------------------------------------------------------------------------------------
+
+
+def one_forward(model, arch):
+    return model(**answered(arch)).loss
+
+
+def two_forwards(model, arch):
+    """As preference training does: two batches, and a pass without the adapter between, before one backward."""
+    first = model(**answered(arch)).loss
+    with torch.no_grad(), model.disable_adapter(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # reentrant checkpointing
+        reference = model(**answered(arch, seed=1)).loss
+    second = model(**answered(arch, seed=1)).loss
+    with torch.no_grad(), model.routing(mix=0.1), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
+        model(**answered(arch, seed=2))
+    return 2 * first - second + reference
+
+
+def fixed_meanwhile(model, arch):
+    with model.routing({"f": {"a": 0.25}}, mix=0.75):
+        loss = model(**answered(arch)).loss
+    model.set_group_weights(off=["s"])
+    return loss
+
+
+def in_training(arch, folder, **fields):
+    return without_dropout(grouped(arch, folder, **fields)).train()
+
+
+CHECKPOINTED = [
+    *((arch, "token", one_forward) for arch in ("gpt2", "opt", "bert", "t5")),
+    *((arch, "prompt", one_forward) for arch in ("gpt2", "bert", "t5")),
+    *(("llama", router_input, how) for router_input in INPUTS for how in (one_forward, two_forwards, fixed_meanwhile)),
+]
+
+
+@pytest.mark.parametrize(("arch", "router_input", "losses"), CHECKPOINTED)
+def test_checkpointing_gives_the_same_gradients(arch, router_input, losses, folder):
+    found = []
+    for use_reentrant in (None, True, False):
+        model = in_training(arch, folder, router_input=router_input, learn_mix=True)
+        if use_reentrant is not None:
+            model.get_base_model().activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        losses(model, arch).backward()
+        found.append(adapter_gradients(model))
+    assert all(gradient.abs().max() > 0 for gradient in found[0].values())
+    for again in found[1:]:
+        same_gradients(again, found[0])
+
+
+@pytest.mark.parametrize("mode", list(CheckpointImpl))
+@pytest.mark.parametrize("router_input", INPUTS)
+def test_torch_s_checkpoint_wrapper_gives_the_same_gradients(router_input, mode, folder):
+    """What FSDP's activation checkpointing uses; two calls before one backward are where it would go wrong."""
+    found = []
+    for wrapped in (False, True):
+        model = in_training("llama", folder, router_input=router_input, learn_mix=True)
+        model.enable_input_require_grads()
+        if wrapped:
+            layers = model.get_base_model().model.layers
+            for i, layer in enumerate(layers):
+                layers[i] = checkpoint_wrapper(layer, checkpoint_impl=mode)
+        losses = [model(**answered("llama", seed=seed), use_cache=False).loss for seed in (0, 1)]
+        (losses[0] + 3 * losses[1]).backward()
+        gradients = adapter_gradients(model)
+        found.append({key.replace("_checkpoint_wrapped_module.", ""): g for key, g in gradients.items()})
+    same_gradients(found[1], found[0])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("router_input", INPUTS)
+def test_the_backbone_can_be_called_by_itself_with_checkpointing(router_input, use_reentrant, folder):
+    """Where no call of the adapted model has let its checkpoint functions know of routers."""
+    found, inputs = [], make_inputs("llama", labels=False)
+    for checkpointed in (False, True):
+        model = in_training("llama", folder, router_input=router_input, learn_mix=True)
+        if checkpointed:
+            model.get_base_model().activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.base_model.model.model(**inputs).last_hidden_state.square().mean().backward()
+        found.append(adapter_gradients(model))
+    same_gradients(found[1], found[0])
+
+
+def test_checkpoint_functions_are_as_they_were_after_unloading(folder):
+    model = in_training("llama", folder)
+    base = model.get_base_model()
+    base.activation_checkpointing_enable({"use_reentrant": False})
+    before = [vars(layer)["_gradient_checkpointing_func"] for layer in base.model.layers]
+    for _ in range(2):
+        model(**answered("llama")).loss.backward()
+    after = [vars(layer)["_gradient_checkpointing_func"] for layer in model.unload().model.layers]
+    assert all(a is b for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch looks at it itself
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("router_input", INPUTS)
+def test_a_compiled_model_has_no_graph_breaks_and_the_same_gradients(router_input, arch, folder):
+    eager = in_training(arch, folder, router_input=router_input, learn_mix=True)
+    model = in_training(arch, folder, router_input=router_input, learn_mix=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for seed in (0, 1):
+        inputs = answered(arch, seed=seed)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            loss = compiled(**inputs).loss
+        loss.backward()
+        expected = eager(**inputs).loss
+        expected.backward()
+        torch.testing.assert_close(loss, expected)
+        same_gradients(adapter_gradients(model), adapter_gradients(eager))
+        model.zero_grad()
+        eager.zero_grad()
+
+
+# -- precision --------------------------------------------------------------------------------------------------------
+
+
+def own_decisions(model, inputs):
+    """What the routers of a token-routed llama ought to say, in float64 from what enters its blocks."""
+    entering, found = {}, {}
+    hooks = [
+        model.get_base_model().get_submodule(block).register_forward_pre_hook(
+            lambda _block, args, key=block: entering.update({key: args[0]})
+        )
+        for block in routers(model)
+    ]  # fmt: skip
+    logits(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    for block, router in routers(model).items():
+        e = entering[block].double()
+        e = e / (e.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        scores = e @ router.gate.weight.double().T
+        found[block] = (
+            scores[..., :2].softmax(-1),
+            torch.cat([scores[..., 2:4].softmax(-1), scores[..., 4:] * 0 + 1], -1),
+        )
+    return found, {e.dtype for e in entering.values()}
+
+
+PRECISIONS = {  # of base, autocast, autocast_adapter_dtype, and the types of what enters blocks
+    "float32": (torch.float32, False, True, {torch.float32}),
+    "autocast": (torch.float32, True, True, {torch.float32, torch.bfloat16}),
+    "bfloat16": (torch.bfloat16, False, True, {torch.bfloat16}),
+    "all bfloat16": (torch.bfloat16, False, False, {torch.bfloat16}),
+}
+
+
+@pytest.mark.parametrize(("dtype", "autocast", "widen", "entering"), PRECISIONS.values(), ids=PRECISIONS)
+def test_routers_compute_in_float32_whatever_enters(dtype, autocast, widen, entering, folder):
+    torch.manual_seed(0)
+    base, inputs = make_model("llama").to(dtype), make_inputs("llama")
+    model = get_peft_model(base, grouped_config("llama", folder), autocast_adapter_dtype=widen).eval()
+    assert {router.gate.weight.dtype for router in routers(model).values()} == {torch.float32 if widen else dtype}
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        found = model.explain(inputs)
+        expected, types = own_decisions(model, inputs)
+    assert types <= entering
+    for block in found.blocks:
+        groups, within = expected[block]
+        assert found.group_weights[block].dtype == torch.float32
+        torch.testing.assert_close(found.group_weights[block].double(), groups, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found.within[block].double(), within, rtol=0, atol=1e-6)
+    assert logits(model, inputs).dtype == dtype
+
+
+def expert_parts(model, expert, names=NAMES):
+    """A and B of an expert by module, cut out of the banks."""
+    i, found = ["f/a", "f/b", "s/c", "p"].index(expert), {}
+    for key, layer in model.get_base_model().named_modules():
+        if layer in set(routed_layers(model)):
+            bank = layer.moelora_bank["default"]
+            a, b = bank.lora_A.weight.split(bank.ranks)[i], bank.lora_B.weight.split(bank.ranks, 1)[i]
+            if len(a):
+                found[key] = a, b
+    return found
+
+
+@pytest.mark.parametrize("widen", [True, False])
+@pytest.mark.parametrize("of_source", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_base", [torch.float32, torch.bfloat16])
+def test_experts_are_exact_copies_of_their_sources_or_of_the_type_of_the_base(of_base, of_source, widen, tmp_path):
+    experts = make_experts("llama", tmp_path)
+    for path in experts.values():
+        tensors = load_file(f"{path}/adapter_model.safetensors")
+        save_file(
+            {k: v.to(of_source) for k, v in tensors.items()}, f"{path}/adapter_model.safetensors", {"format": "pt"}
+        )
+    base = make_model("llama").to(of_base)
+    model = get_peft_model(base, grouped_config("llama", tmp_path), autocast_adapter_dtype=widen)
+    for name, source in zip(["f/a", "f/b", "s/c", "p"], experts.values(), strict=True):
+        tensors = load_file(f"{source}/adapter_model.safetensors")
+        parts = expert_parts(model, name)
+        assert len(tensors) == 2 * len(parts) > 0
+        for key, (a, b) in parts.items():
+            for part, tensor in (("A", a), ("B", b)):
+                expected = tensors[f"base_model.model.{key}.lora_{part}.weight"].to(torch.float32 if widen else of_base)
+                assert tensor.dtype == expected.dtype
+                assert torch.equal(tensor, expected)
+
+
+@pytest.mark.parametrize("router_input", INPUTS)
+def test_autocast_trains_every_router(router_input, folder):
+    model = grouped("llama", folder, router_input=router_input, learn_mix=True).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**answered("llama")).loss.backward()
+    gradients = adapter_gradients(model)
+    assert gradients.keys() == {key for key, p in model.named_parameters() if p.requires_grad}
+    assert all(grad.dtype == torch.float32 and grad.abs().sum() > 0 for grad in gradients.values())
+
+
+# -- saving and loading -----------------------------------------------------------------------------------------------
+
+SAVED = [
+    *((arch, router_input, {}) for arch in BUILDERS for router_input in INPUTS),
+    ("llama", "token", {"within_group": "static", "learn_mix": True}),
+    ("llama", "prompt", {"flat_routing": True, "router_norm": False, "expert_temperature": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("arch", "router_input", "fields"), SAVED, ids=str)
+def test_an_adapter_comes_back_with_nothing_but_its_directory(arch, router_input, fields, tmp_path):
+    inputs, sources = make_inputs(arch), tmp_path / "sources"
+    model = grouped(arch, sources, router_input=router_input, **fields)
+    expected = logits(a_step(model, answered(arch)), inputs)
+    model.save_pretrained(tmp_path / "adapter")
+    shutil.rmtree(sources)
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(
+            make_model(arch), tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage
+        ).eval()
+        assert torch.equal(logits(loaded, inputs), expected)
+        assert not any(p.requires_grad for p in loaded.parameters())
+        assert list(routers(loaded)) == list(routers(model))
+
+
+def test_what_is_saved_says_what_the_experts_were_and_holds_no_name_of_the_adapter(folder, tmp_path):
+    grouped("llama", folder, mix=0.25).save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(config, GroupedMoeConfig)
+    assert (config.mix, config.names, config.num_experts) == (0.25, {"f": ["a", "b"], "s": ["c"]}, 4)
+    for name, source in config.sources.items():
+        assert source["source"] == make_experts("llama", folder)[name.rpartition("/")[2].replace("general_expert", "p")]
+        assert len(source["sha256"]) == 64
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert not any("default" in key for key in saved)
+    assert {key.rpartition(".moelora_")[2] for key in saved} == {
+        "bank.lora_A.weight",
+        "bank.lora_B.weight",
+        "router.gate.weight",
+    }
+
+
+def test_auto_peft_model_needs_nothing_but_the_directory(folder, tmp_path):
+    make_model("llama").save_pretrained(tmp_path / "base")
+    base, inputs = AutoModelForCausalLM.from_pretrained(tmp_path / "base"), make_inputs("llama")
+    torch.manual_seed(0)
+    config = grouped_config("llama", folder, check_base_model=False)
+    model = get_peft_model(base, config).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # said of every second adapter
+@pytest.mark.parametrize("router_input", INPUTS)
+def test_transformers_own_adapter_methods_do_what_peft_does(router_input, folder, tmp_path):
+    make_model("llama").save_pretrained(tmp_path / "base")
+    native, inputs = AutoModelForCausalLM.from_pretrained(tmp_path / "base"), make_inputs("llama")
+    config = grouped_config("llama", folder, router_input=router_input, check_base_model=False)
+    torch.manual_seed(0)
+    native.add_adapter(config)
+    native.eval()
+    expected = logits(native, inputs)
+    torch.manual_seed(0)
+    assert torch.equal(expected, logits(get_peft_model(make_model("llama"), config).eval(), inputs))
+    native.disable_adapters()
+    assert torch.equal(logits(native, inputs), logits(make_model("llama"), inputs))
+    native.enable_adapters()
+    native.save_pretrained(tmp_path / "adapter")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    loaded.load_adapter(str(tmp_path / "adapter"))
+    auto = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    through_peft = PeftModel.from_pretrained(make_model("llama"), tmp_path / "adapter")
+    for model in (loaded, auto, through_peft):
+        assert torch.equal(logits(model.eval(), inputs), expected)
+    assert torch.equal(auto.generate(**left_padded(), **GREEDY), native.generate(**left_padded(), **GREEDY))
+    other = grouped("llama", folder, seed=5)
+    other.save_pretrained(tmp_path / "other")
+    auto.load_adapter(str(tmp_path / "other"), "second")
+    auto.set_adapter("second")
+    assert torch.equal(logits(auto, inputs), logits(other, inputs))
+    auto.set_adapter("default")
+    auto.delete_adapter("second")
+    assert torch.equal(logits(auto, inputs), expected)
+
+
+@pytest.mark.parametrize("router_input", INPUTS)
+def test_training_goes_on_after_loading_as_if_it_had_not_stopped(router_input, folder, tmp_path):
+    model, inputs = grouped("llama", folder, router_input=router_input, learn_mix=True), answered("llama")
+    a_step(model, inputs).save_pretrained(tmp_path)
+    expected = everything(a_step(model, inputs))
+    loaded = PeftModel.from_pretrained(make_model("llama"), tmp_path, is_trainable=True)
+    assert {name for name, p in loaded.named_parameters() if p.requires_grad} == {
+        name for name, p in model.named_parameters() if p.requires_grad
+    }
+    assert not changed(a_step(loaded, inputs), expected)
+
+
+def test_adapters_are_added_switched_saved_and_deleted_like_stock_ones(folder, tmp_path):
+    model, inputs = grouped("llama", folder), make_inputs("llama")
+    first = logits(model, inputs)
+    model.add_adapter("second", grouped_config("llama", folder, router_input="prompt", learn_mix=True))
+    assert torch.equal(logits(model, inputs), first)
+    assert not any(p.requires_grad for key, p in model.named_parameters() if ".second." in key)
+    assert all(p.requires_grad for key, p in model.named_parameters() if ".default." in key)
+    model.set_adapter("second")
+    assert {key for key, p in model.named_parameters() if p.requires_grad} == {
+        key for key, _ in model.named_parameters() if ".second." in key
+    }
+    second = logits(model, inputs)
+    assert not torch.allclose(second, first, atol=1e-4)
+    generated = model.generate(**left_padded(), **GREEDY)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="Setting active adapter to default"):
+        model.delete_adapter("second")
+    assert not [key for key in model.state_dict() if "second" in key]
+    assert torch.equal(logits(model, inputs), first)
+    model.load_adapter(tmp_path / "second", "again")
+    model.set_adapter("again")
+    assert torch.equal(logits(model, inputs), second)
+    assert torch.equal(model.generate(**left_padded(), **GREEDY), generated)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), logits(make_model("llama"), inputs))
+    assert torch.equal(logits(model, inputs), second)
+
+
+def test_two_active_adapters_add_up(folder):
+    """In the first block, whose input no adapter has changed."""
+    model, inputs = grouped("llama", folder, seed=1), make_inputs("llama")
+    model.add_adapter("second", grouped_config("llama", folder, router_input="prompt"))
+    layer, seen = model.get_base_model().model.layers[0].self_attn.q_proj, []
+    layer.register_forward_hook(lambda _layer, _args, out: seen.append(out))
+    with model.disable_adapter():
+        logits(model, inputs)
+    for active in (["default"], ["second"], ["default", "second"]):
+        model.base_model.set_adapter(active)
+        logits(model, inputs)
+    base, first, second, both = seen
+    close(both, first + second - base)
+
+
+def by_pickle(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def by_torch(model):
+    torch.save(model, buffer := io.BytesIO())
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle, by_torch])
+@pytest.mark.parametrize("router_input", INPUTS)
+def test_a_copied_model_is_the_same_and_apart(router_input, copied, folder):
+    model, inputs = grouped("llama", folder, router_input=router_input), answered("llama")
+    model.set_group_weights({"f": {"a": 0.25}})
+    expected, generated = logits(model, inputs), model.generate(**left_padded(), **GREEDY)
+    twin = copied(model)
+    assert torch.equal(logits(twin, inputs), expected)
+    assert torch.equal(twin.generate(**left_padded(), **GREEDY), generated)
+    a_step(twin, inputs)
+    assert not torch.equal(logits(twin, inputs), expected)
+    assert torch.equal(logits(model, inputs), expected)
+    twin.set_group_weights(mix=0.0)
+    assert torch.equal(logits(model, inputs), expected)
+    inner = {id(module) for module in twin.modules()}
+    entries = [vars(module)["forward"] for module in twin.modules() if "forward" in vars(module)]
+    blocks = [entry for entry in entries if isinstance(entry, BlockEntry)]
+    assert len(blocks) == 2
+    assert all(id(entry.block) in inner and entry.tuner is twin.base_model for entry in blocks)
+
+
+def test_a_saved_config_without_its_weights_is_an_error_that_says_how_to_load(folder, tmp_path):
+    grouped("llama", folder).save_pretrained(tmp_path)
+    model = get_peft_model(make_model("llama"), PeftConfig.from_pretrained(tmp_path))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"Experts have no weights.*PeftModel.from_pretrained\(base_model, "):
+            model(**make_inputs("llama"))
+
+
+def test_a_config_stays_as_it_was_and_can_be_used_again(folder):
+    config, inputs = grouped_config("llama", folder), make_inputs("llama")
+    before = copy.deepcopy(config)
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = get_peft_model(make_model("llama"), config)
+        found.append(logits(model.eval(), inputs))
+        assert config == before
+        assert config.expert_layout is None
+    assert torch.equal(*found)
+    torch.manual_seed(0)
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    assert torch.equal(logits(model, inputs), found[0])
+    assert config == before
+
+
+# -- trainers and processes -------------------------------------------------------------------------------------------
+
+
+def rows(arch="llama", batch=12):
+    return Dataset.from_dict({key: value.tolist() for key, value in answered(arch, batch=batch).items()})
+
+
+def arguments(directory, **more):
+    settings = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 3,
+        "learning_rate": 0.05,
+        "weight_decay": 0.1,
+        "report_to": "none",
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(output_dir=str(directory), **{**settings, **more})
+
+
+@pytest.mark.parametrize("train_experts", [False, True])
+@pytest.mark.parametrize("router_input", INPUTS)
+def test_the_stock_trainer_trains_saves_and_resumes_to_the_same_weights(router_input, train_experts, folder, tmp_path):
+    fields = {"router_input": router_input, "learn_mix": True, "train_experts": train_experts}
+    found = []
+    for resumed in (False, True):
+        model = in_training("llama", folder, **fields)
+        before = everything(model)
+        trainer = Trainer(model, arguments(tmp_path, save_steps=2, save_strategy="steps"), train_dataset=rows())
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resumed else None)
+        assert changed(model, before) == {name for name, p in model.named_parameters() if p.requires_grad}
+        found.append(everything(model))
+    assert found[0].keys() == found[1].keys()
+    for key in found[0]:
+        assert torch.equal(found[0][key], found[1][key]), key
+    loaded = PeftModel.from_pretrained(make_model("llama"), tmp_path / "checkpoint-4")
+    assert not changed(loaded, found[0])
+
+
+@pytest.mark.parametrize("router_input", INPUTS)
+def test_the_best_checkpoint_is_loaded_at_the_end(router_input, folder, tmp_path):
+    model = in_training("llama", folder, router_input=router_input)
+    settings = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1}
+    more = {"load_best_model_at_end": True, "learning_rate": 3.0, "max_steps": 3}
+    trainer = Trainer(model, arguments(tmp_path, **settings, **more), train_dataset=rows(), eval_dataset=rows())
+    trainer.train()
+    best = PeftModel.from_pretrained(make_model("llama"), trainer.state.best_model_checkpoint)
+    assert not changed(model, everything(best))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("router_input", INPUTS)
+def test_trainer_with_accumulation_and_checkpointing_is_trainer_without(router_input, use_reentrant, folder, tmp_path):
+    trained = []
+    again = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    for setting in (
+        {"per_device_train_batch_size": 6},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, **again},
+    ):
+        model = in_training("llama", folder, router_input=router_input)
+        Trainer(model, arguments(tmp_path, optim="sgd", max_steps=2, **setting), train_dataset=rows()).train()
+        trained.append({name: p for name, p in model.named_parameters() if p.requires_grad})
+    for name, parameter in trained[0].items():
+        torch.testing.assert_close(trained[1][name], parameter, rtol=1e-4, atol=1e-6)
+
+
+WORLD = 2
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def ddp_losses(model, seed):
+    """Two forwards before one backward, and one without the adapter between, as preference training has it."""
+    adapted = getattr(model, "module", model)
+    first = model(**answered("llama", seed=seed)).loss
+    with torch.no_grad(), adapted.disable_adapter():
+        reference = model(**answered("llama", seed=seed)).loss
+    return first - 3 * model(**answered("llama", seed=seed + 10)).loss + reference
+
+
+def run_rank(rank, port, folder, experts):
+    """A process of the two: what it finds is saved by rank 0."""
+    import os
+
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    torch.distributed.init_process_group("gloo")
+    found = {}
+    for router_input in INPUTS:
+        model = in_training("llama", experts, router_input=router_input, learn_mix=True)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        wrapped(**answered("llama", seed=rank)).loss.backward()
+        found[router_input, "one"] = adapter_gradients(model)
+        model.zero_grad()
+        wrapped = nn.parallel.DistributedDataParallel(model, static_graph=True)
+        try:
+            ddp_losses(wrapped, rank).backward()
+            found[router_input, "two"] = adapter_gradients(model)
+        except RuntimeError as error:
+            found[router_input, "two"] = str(error)
+    torch.distributed.barrier()
+    if rank == 0:
+        torch.save(found, folder / "found.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, folder):
+    """Started once for all tests, since importing everything takes most of their time."""
+    make_experts("llama", folder)
+    ranks = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(run_rank, (free_port(), ranks, folder), nprocs=WORLD)
+    return torch.load(ranks / "found.pt")
+
+
+@pytest.mark.parametrize("forwards", ["one", "two"])
+@pytest.mark.parametrize("router_input", INPUTS)
+def test_under_ddp_the_gradient_is_the_mean_of_the_ranks_own(two_processes, router_input, forwards, folder):
+    own = []
+    for rank in range(WORLD):
+        model = in_training("llama", folder, router_input=router_input, learn_mix=True)
+        if forwards == "one":
+            model(**answered("llama", seed=rank)).loss.backward()
+        else:
+            ddp_losses(model, rank).backward()
+        own.append(adapter_gradients(model))
+    found = two_processes[router_input, forwards]
+    assert not isinstance(found, str), found
+    same_gradients(found, {key: (own[0][key] + own[1][key]) / 2 for key in own[0]})
+
+
+# -- quantised base models, and the end -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("router_input", INPUTS)
+def test_a_quantised_base_trains_generates_and_saves(router_input, tmp_path):
+    # bitsandbytes' 4-bit blocks need layers of 64 and more
+    sizes = {**SIZES, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "base")
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+    def load(**more):
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32, **more)
+
+    experts = {}
+    for i, name in enumerate("ab"):
+        lora = LoraConfig(
+            task_type="CAUSAL_LM", r=2 + i, target_modules=["q_proj", "down_proj"], init_lora_weights=False
+        )
+        experts[name] = str(tmp_path / name)
+        get_peft_model(load(), lora).save_pretrained(experts[name])
+    config = GroupedMoeConfig(
+        task_type="CAUSAL_LM", groups={"f": experts}, general_expert=experts["b"], router_input=router_input
+    )
+    model, inputs = get_peft_model(load(quantization_config=bits), config), answered("llama")
+    assert all(layer.quantization_backend is not None for layer in routed_layers(model))
+    model.train()(**inputs).loss.backward()
+    gradients = adapter_gradients(model)
+    assert gradients.keys() == {key for key, p in model.named_parameters() if p.requires_grad}
+    assert all(grad.abs().sum() > 0 for grad in gradients.values())
+    model.eval()
+    with model.routing({"f": {"a": 1.0}}, mix=1):
+        fixed = logits(model, inputs)
+    lora = PeftModel.from_pretrained(load(quantization_config=bits), experts["a"]).eval()
+    torch.testing.assert_close(fixed, logits(lora, inputs), rtol=1e-3, atol=1e-4)
+    expected = logits(model, inputs)
+    assert model.generate(**left_padded(), **GREEDY).shape == (4, 10)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(load(quantization_config=bits), tmp_path / "adapter").eval()
+    assert torch.equal(logits(loaded, inputs), expected)
+
+
+@pytest.mark.parametrize("router_input", INPUTS)
+@pytest.mark.parametrize("arch", BUILDERS)
+def test_disabling_and_unloading_give_back_the_base_model(arch, router_input, folder):
+    base, inputs = make_model(arch), make_inputs(arch)
+    before, expected = {key: set(vars(module)) for key, module in base.named_modules()}, logits(base, inputs)
+    torch.manual_seed(0)
+    model = get_peft_model(base, grouped_config(arch, folder, router_input=router_input)).eval()
+    assert not torch.allclose(logits(model, inputs), expected, atol=1e-4)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), expected)
+        assert not any(p.requires_grad for p in model.parameters())
+    assert any(p.requires_grad for p in model.parameters())
+    unloaded = model.unload()
+    assert torch.equal(logits(unloaded, inputs), expected)
+    assert not routed_layers(unloaded)
+    assert not [key for key, module in unloaded.named_modules() if "forward" in vars(module)]
+    assert {key: set(vars(module)) for key, module in unloaded.named_modules()} == before

@@ -109,6 +109,7 @@ ORDER = [
     {"moelora", "molora", "medmoe"},
     {"grouped"},
     {"_register"},
+    {"directory"},
     {"compose", "fold"},
     {"metrics", "reading", "arguments", "data"},
     {"callbacks", "card_methods", "evaluation", "training", "card"},

@@ -138,7 +138,9 @@ def test_the_task_of_a_call_goes_before_the_chosen_one_and_that_before_the_defau
 def test_choosing_several_tasks_is_their_mean_for_every_row():
     model, inputs = routed("llama"), make_inputs("llama")
     with model.task(["icd", "def"]):
-        assert torch.equal(logits(model, inputs), logits(model, inputs, task_ids=[["icd", "def"]] * 3))
+        chosen = logits(model, inputs)
+    # not to the bit: on some CPUs the gate's product rounds differently for one row and for three
+    torch.testing.assert_close(chosen, logits(model, inputs, task_ids=[["icd", "def"]] * 3), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("choose", [lambda m, t: m.set_task(t), lambda m, t: m.task(t).__enter__()])

@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except (ValueError, OSError) as error:
-        print(f"peft-moe: {error}", file=sys.stderr)
+        print(f"peft-moe: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 
@@ -72,7 +72,7 @@ def _fold(arguments: argparse.Namespace) -> None:
     """Write an adapter under a task or fixed weights as a stock LoRA that peft and servers load without peft_moe."""
     from peft import PeftConfig
 
-    from . import MoeConfig
+    from . import GroupedMoeConfig, MoeConfig
     from .fold import fold
 
     hub = {"revision": arguments.revision} if arguments.revision else {}
@@ -81,6 +81,10 @@ def _fold(arguments: argparse.Namespace) -> None:
     except KeyError as error:  # what peft makes of an adapter type it does not know
         raise ValueError(f"{arguments.adapter} is an adapter of type {error}, which peft does not know") from None
     names = config.task_names if isinstance(config, MoeConfig) else []
+    if arguments.all_tasks and isinstance(config, GroupedMoeConfig):
+        raise ValueError(
+            f"{arguments.adapter} knows no tasks, and --all-tasks folds each; fix its weights by --routing."
+        )
     if arguments.task is None and not arguments.all_tasks:
         fold(arguments.adapter, arguments.out, routing=arguments.routing, overwrite=arguments.overwrite, **hub)
         print(f"fixed weights: {arguments.out}")

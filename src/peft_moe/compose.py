@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -12,9 +11,10 @@ import torch
 import yaml
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .directory import adapter_directory
 from .grouped import GroupedMoeConfig, read_expert
 from .grouped.config import check_groups
 from .grouped.model import check_expert
@@ -71,12 +71,21 @@ def from_loras(
     if loaded is None:
         return cast(PeftModel, get_peft_model(cast(Any, model), config, adapter_name=adapter_name))
     base = loaded.get_base_model()
+    if any(layer.merged for layer in base.modules() if isinstance(layer, BaseTunerLayer)):
+        raise ValueError("LoRAs are merged into the model's weights, where they stay; call unmerge_adapter() first.")
     # what get_peft_model would find out only after the LoRAs have been taken out
     modules = dict(modules_outside_adapters(base))
     for expert in experts:
         name = str(expert.origin["source"])
         check_expert(name, expert, modules, getattr(base, "name_or_path", None) if config.check_base_model else None)
-    return cast(PeftModel, get_peft_model(cast(Any, loaded.unload()), config, adapter_name=adapter_name))
+    before = [(module, dict(module._modules)) for module in base.modules()]
+    try:
+        return cast(PeftModel, get_peft_model(cast(Any, loaded.unload()), config, adapter_name=adapter_name))
+    except Exception:
+        for module, children in before:  # put the LoRAs back
+            module._modules.update(children)
+        cast(Any, base).peft_config = loaded.peft_config
+        raise
 
 
 def _read_all(
@@ -112,7 +121,7 @@ def compose(recipe: str | Path, out_dir: str | Path, *, base_model: str | None =
             are from where the command runs.
         out_dir: where to write; made if missing.
         base_model: another base model.
-        overwrite: replace the adapter that is in `out_dir`.
+        overwrite: replace the adapter and README.md that are in `out_dir`.
 
     Returns:
         `out_dir`.
@@ -120,17 +129,20 @@ def compose(recipe: str | Path, out_dir: str | Path, *, base_model: str | None =
     Raises:
         ValueError: fields that `GroupedMoeConfig` does not have or take, or sources that cannot be experts.
         FileNotFoundError: no such file or source.
-        FileExistsError: `out_dir` holds an adapter, and `overwrite` is False.
+        FileExistsError: `out_dir` holds files of these names, and `overwrite` is False.
 
     Example:
         >>> compose("groups.yaml", "composed")
         >>> PeftModel.from_pretrained(base_model, "composed")
     """
-    out = Path(out_dir)
-    there = [name for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME) if (out / name).exists()]
-    if there and not overwrite:
-        raise FileExistsError(f"{out} holds {there} already; choose another directory, or overwrite it.")
-    fields = _read_recipe(Path(recipe))
+    with adapter_directory(Path(out_dir), overwrite=overwrite) as work:
+        _composed(Path(recipe), base_model).save_pretrained(str(work))
+    return Path(out_dir)
+
+
+def _composed(recipe: Path, base_model: str | None) -> PeftModel:
+    """The adapter, on a base model without weights."""
+    fields = _read_recipe(recipe)
     base_class = fields.pop("base_class", None)
     named = fields.pop("base_model_name_or_path", None)
     groups, general = fields.pop("groups", None), fields.pop("general_expert", None)
@@ -142,9 +154,8 @@ def compose(recipe: str | Path, out_dir: str | Path, *, base_model: str | None =
         raise ValueError(
             "Neither the file nor an expert names the base model; add base_model_name_or_path to the file."
         )
-    model = get_peft_model(_skeleton(base, base_class or AUTO_CLASSES.get(config.task_type, "AutoModel")), config)
-    _write(model, out)
-    return out
+    class_name = base_class or AUTO_CLASSES.get(config.task_type, "AutoModel")
+    return cast(PeftModel, get_peft_model(cast(Any, _skeleton(base, class_name)), config))
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
@@ -163,22 +174,15 @@ def _skeleton(base: str, class_name: str) -> nn.Module:
     """The base model without weights, made from its config alone."""
     import transformers
 
-    auto = getattr(transformers, class_name, None)
-    if auto is None:
-        raise ValueError(f"transformers has no {class_name!r}; set base_class to a class such as AutoModelForCausalLM.")
+    auto: Any = getattr(transformers, str(class_name), None)
+    if not hasattr(auto, "from_config"):
+        raise ValueError(
+            f"transformers has no {class_name!r} that makes models from configs; set base_class to a class such as "
+            "AutoModelForCausalLM."
+        )
     config = transformers.AutoConfig.from_pretrained(base)
     with torch.device("meta"):
         model = auto.from_config(config)
     model.config.name_or_path = base
     model.name_or_path = base
     return cast(nn.Module, model)
-
-
-def _write(model: PeftModel, out: Path) -> None:
-    """Write everything beside `out` first; the config, without which nothing loads, comes last."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as work:
-        model.save_pretrained(work)
-        out.mkdir(exist_ok=True)
-        for name in (SAFETENSORS_WEIGHTS_NAME, "README.md", CONFIG_NAME):
-            (Path(work) / name).replace(out / name)

@@ -7,7 +7,6 @@ are multiplied by ω_ji and the scaling, and a LoRA of the same rank with `lora_
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -16,11 +15,12 @@ from typing import Any, cast
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import pad
 
+from .directory import adapter_directory
 from .folding import StateDict, WeightsAt, fold_banks
 from .grouped.config import GroupedMoeConfig
 from .grouped.model import fixed_weights
@@ -87,24 +87,11 @@ def fold(
         control = config.control(routing) if routing is not None else control
         weights_at, choice = fixed_weights(config, state_dict, control), routing
     lora_config, lora_state_dict = fold_state_dict(config, state_dict, weights_at)
-    _write(Path(out_dir), lora_config, lora_state_dict, _card(config, lora_config, choice), overwrite)
+    with adapter_directory(Path(out_dir), overwrite=overwrite) as work:
+        lora_config.save_pretrained(str(work))
+        save_file(lora_state_dict, work / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        (work / "README.md").write_text(_card(config, lora_config, choice), encoding="utf-8")
     return Path(out_dir)
-
-
-def _write(out_dir: Path, config: LoraConfig, state_dict: dict[str, torch.Tensor], card: str, overwrite: bool) -> None:
-    """Write everything beside `out_dir` first; the config, without which nothing loads, comes last."""
-    files = (SAFETENSORS_WEIGHTS_NAME, "README.md", CONFIG_NAME)
-    there = [name for name in files if (out_dir / name).exists()]
-    if there and not overwrite:
-        raise FileExistsError(f"{out_dir} holds {there} already; choose another directory, or pass overwrite=True.")
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as work:
-        config.save_pretrained(work)
-        save_file(state_dict, Path(work) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        (Path(work) / "README.md").write_text(card, encoding="utf-8")
-        out_dir.mkdir(exist_ok=True)
-        for name in files:
-            (Path(work) / name).replace(out_dir / name)
 
 
 @torch.no_grad()

@@ -182,6 +182,16 @@ class MoeTuner(BaseTuner):
             **get_quantization_kwargs(self.model),
         )
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As in peft, which sends adapters to where the base layer is, but not to the meta device.
+
+        Trained experts and routers would be lost there.
+        """
+        if isinstance(new_module, MoeLinear) and any(p.is_meta for p in new_module.get_base_layer().parameters()):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     @staticmethod
     def initialisation(config: MoeConfig) -> bool | str:
         """What `init_lora_weights=True` stands for."""

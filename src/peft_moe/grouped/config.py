@@ -206,7 +206,7 @@ def check_groups(groups: Any) -> dict[str, dict[str, Any]]:
         raise ValueError(f"groups={groups!r}; give {{'group': {{'expert': 'folder or Hub id', ...}}, ...}}.")
     found = {}
     for group, experts in groups.items():
-        if isinstance(experts, (list, tuple)):
+        if isinstance(experts, (list, tuple)) and all(isinstance(name, str) for name in experts):
             if len(set(experts)) < len(experts):
                 raise ValueError(f"groups[{group!r}]={experts!r} names an expert twice.")
             experts = dict.fromkeys(experts)

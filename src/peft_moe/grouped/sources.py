@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -218,6 +219,8 @@ def _of_lora(config: Mapping[str, Any], state_dict: dict[str, torch.Tensor], whe
                 f"rank {r} there; they belong to different adapters, or were saved without being gathered."
             )
         alpha = MoeConfig.at(config.get("alpha_pattern") or {}, key, config.get("lora_alpha", r))
+        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise ValueError(f"{where} has alpha {alpha!r} at {key!r}, which scales nothing; save it anew.")
         layers[key] = Lora(a, b, alpha / r**0.5 if config.get("use_rslora") else alpha / r)
     return layers
 
@@ -225,6 +228,10 @@ def _of_lora(config: Mapping[str, Any], state_dict: dict[str, torch.Tensor], whe
 def _of_task(config: Mapping[str, Any], state_dict: dict[str, torch.Tensor], task: Any, where: str) -> dict[str, Lora]:
     """One task of a MOELoRA adapter, folded."""
     known = {f.name for f in fields(MoeLoraConfig)}
+    if unknown := [f"{name}={value!r}" for name, value in config.items() if value and name not in known]:
+        raise ValueError(
+            f"{where} has {unknown[0]}, which this version of peft_moe does not know; fold it where it is."
+        )
     moelora = MoeLoraConfig(**{name: value for name, value in config.items() if name in known})
     others = [name for name in state_dict if ".moelora_" not in name]
     if others:

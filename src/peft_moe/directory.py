@@ -1,0 +1,32 @@
+"""Adapter directories that are written whole or not at all."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+FILES = (SAFETENSORS_WEIGHTS_NAME, "README.md", CONFIG_NAME)
+
+
+@contextmanager
+def adapter_directory(out_dir: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `out_dir` to write an adapter into, whose files take their place at the end of the `with` block.
+
+    The config, without which nothing loads, comes last. An error leaves `out_dir` as it was.
+
+    Raises:
+        FileExistsError: `out_dir` holds files of these names, and `overwrite` is False.
+    """
+    there = [name for name in FILES if (out_dir / name).exists()]
+    if there and not overwrite:
+        raise FileExistsError(f"{out_dir} holds {there} already; choose another directory, or pass overwrite=True.")
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as work:
+        yield Path(work)
+        out_dir.mkdir(exist_ok=True)
+        for name in FILES:
+            (Path(work) / name).replace(out_dir / name)
