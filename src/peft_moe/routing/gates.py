@@ -161,11 +161,19 @@ class GroupedGate(nn.Module):
         if self.mix_bias is not None:
             nn.init.constant_(self.mix_bias, math.log(self.mix / (1 - self.mix)))
 
-    def forward(self, e: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | float]:
-        """e (..., in). Returns scores (..., G) or None, scores (..., E), and λ: a tensor (1,) if it is learnt."""
+    def forward(
+        self, e: torch.Tensor, scale: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | float]:
+        """Scores (..., G) or None, scores (..., E), and λ, a tensor (1,) if it is learnt.
+
+        Args:
+            e: (..., in).
+            scale: (..., 1), what e is to be multiplied by; its few scores are instead.
+        """
         with torch.autocast(e.device.type, enabled=False):
             e = wide(e)
             scores = None if self.weight is None else F.linear(e, wide(self.weight).to(e.dtype))
+            scores = scores if scale is None or scores is None else scores * scale
             groups = scores[..., : self.num_groups] / self.group_temperature if scores is not None else None
             if self.expert_bias is not None:
                 experts = wide(self.expert_bias).to(e.dtype).expand(*e.shape[:-1], -1)

@@ -133,7 +133,7 @@ class GroupedRouter(nn.Module):
                 f"layer, reads {self.gate.in_features}; leave this block's experts out."
             )
         if not self.per_prompt:
-            decision = self._decide(self._even(e), view.control)
+            decision = self._decide(e, view.control, self._scale(e))
             if self.seen is not None:
                 shape, mask = (view.batch or Batch(rows=e.shape[0])).tokens_of(e, in_decoder=self.in_decoder)
                 self.seen.append(
@@ -143,38 +143,43 @@ class GroupedRouter(nn.Module):
                 )
             return self._combine(decision)
         prompt = view.prompt
-        if prompt is not None and view.prompt_done and self in prompt.weights:
-            return prompt.weights[self]
+        if prompt is not None and view.prompt_done and self in prompt.read:
+            control, mean, weights = prompt.read[self]
+            return weights if control is view.control else self._combine(self._decide(mean, view.control))
         total, count = self._sum(e, view)
         keep = prompt if not view.again and not torch.compiler.is_compiling() else None
         if keep is not None:
             total, count = keep.add(self, total, count)
-        decision = self._decide(total / count.clamp_min(1), view.control)
+        mean = total / count.clamp_min(1)
+        decision = self._decide(mean, view.control)
         if self.seen is not None:
             self.seen.append(decision)
         weights = self._combine(decision)
         if keep is not None:
-            keep.weights[self] = weights.detach()
+            keep.read[self] = view.control, mean.detach(), weights.detach()
         return weights
 
-    def _even(self, e: torch.Tensor) -> torch.Tensor:
-        """In float32 or wider; with a root mean square of 1, since a few tokens, such as the first, have huge ones."""
-        with torch.autocast(e.device.type, enabled=False):
-            e = wide(e)
-            return e * (e.square().mean(-1, keepdim=True) + 1e-6).rsqrt() if self.normalize else e
+    def _scale(self, e: torch.Tensor) -> torch.Tensor | None:
+        """What gives each token a root mean square of 1, (..., 1): a few tokens, such as the first, have huge ones."""
+        if not self.normalize:
+            return None
+        dtype = torch.promote_types(e.dtype, torch.float32)
+        square = torch.linalg.vector_norm(e, dim=-1, keepdim=True, dtype=dtype).square()
+        return (square / e.shape[-1] + 1e-6).rsqrt()
 
     def _sum(self, e: torch.Tensor, view: View) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum (n, d) over the tokens of each row's prompt, and their number (n, 1)."""
         batch = view.batch or Batch(rows=e.shape[0])
         shape, mask = batch.prompt_of(e, in_decoder=self.in_decoder and not self.reads_encoder)
-        e = self._even(e).reshape(*shape, -1)
-        if mask is None:
-            return e.sum(1), e.new_full((shape[0], 1), shape[1])
-        weight = mask.to(e.dtype).unsqueeze(-1)
-        return (e * weight).sum(1), weight.sum(1)
+        e = e.reshape(*shape, -1)
+        with torch.autocast(e.device.type, enabled=False):
+            scale, e = self._scale(e), wide(e)
+            counts = e.new_ones(shape) if mask is None else mask.to(e.dtype)  # (n, s)
+            weight = counts if scale is None else counts * scale.squeeze(-1)
+            return (weight.unsqueeze(1) @ e).squeeze(1), counts.sum(1, keepdim=True)
 
-    def _decide(self, e: torch.Tensor, control: Control | None) -> Decision:
-        groups, experts, mix = self.gate(e)
+    def _decide(self, e: torch.Tensor, control: Control | None, scale: torch.Tensor | None = None) -> Decision:
+        groups, experts, mix = self.gate(e, scale)
         control = (control or self._free).to(experts.device)
         weights, within = grouped(groups, experts, sizes=self.sizes, control=control)
         return Decision(weights, within, mix if control.mix is None else control.mix)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .control import Control
+
 
 @dataclass
 class Prompt:
@@ -19,13 +21,13 @@ class Prompt:
         to_come: tokens that are still to be read in other forwards; None if the first forward brings them all.
         done: whether what comes now is no part of the prompt.
         sums: by router, what it has added up: (n, d), and (n, 1) the number of tokens.
-        weights: by router, the weights that came out (n, E).
+        read: by router, what a user had fixed, the mean over the prompt (n, d), and the weights that came of it (n, E).
     """
 
     to_come: int | None = None
     done: bool = False
     sums: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    weights: dict[Any, torch.Tensor] = field(default_factory=dict)
+    read: dict[Any, tuple[Control | None, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def add(self, router: Any, total: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add what a router has read; returns sum and count of the prompt so far."""
