@@ -192,6 +192,8 @@ def main(argv: list[str]) -> None:
         info = read_task_info(data_args.dataset, revision=data_args.dataset_revision)
         splits = (data_args.train_split, data_args.eval_split, data_args.test_split)
         examples = {split: read_split(data_args, split, args.seed) for split in splits if split}
+    if adapter_args.method == "at_moe" and not adapter_args.train_experts:
+        args.ddp_broadcast_buffers = False  # frozen experts are buffers, the same in all processes
     config = adapter_args.config(adapter_args.tasks or task_names(examples[data_args.train_split], info))
     model, tokenizer = load_model(model_args, config)
     trainer = build_trainer(args, data_args, model, tokenizer, examples)

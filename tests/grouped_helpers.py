@@ -29,7 +29,7 @@ def make_lora(folder, arch: str = "llama", *, seed: int, **lora_fields) -> str:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = get_peft_model(make_model(arch), LoraConfig(**(fields | lora_fields)))
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), save_embedding_layers=False)  # of no use beside the LoRA of a head
     return str(folder)
 
 

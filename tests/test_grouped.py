@@ -9,9 +9,10 @@ import warnings
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from datasets import Dataset
-from grouped_helpers import EXPERTS, answered, grouped, grouped_config, make_experts, without_dropout
-from helpers import adapter_gradients, logits, routed_layers
+from grouped_helpers import EXPERTS, answered, grouped, grouped_config, make_experts, make_lora, without_dropout
+from helpers import TARGETS, adapter_gradients, logits, routed_layers
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
-from peft_moe import GroupedMoeConfig
+from peft_moe import GroupedMoeConfig, MoLoraConfig
 from peft_moe.blocks import BlockEntry
 
 CAUSAL = ["llama", "gpt2", "opt"]
@@ -492,7 +493,7 @@ def test_checkpointing_gives_the_same_gradients(arch, router_input, losses, fold
         found.append(adapter_gradients(model))
     assert all(gradient.abs().max() > 0 for gradient in found[0].values())
     for again in found[1:]:
-        same_gradients(again, found[0])
+        same_gradients(again, found[0], rtol=1e-4)
 
 
 @pytest.mark.parametrize("mode", list(CheckpointImpl))
@@ -515,12 +516,11 @@ def test_torch_s_checkpoint_wrapper_gives_the_same_gradients(router_input, mode,
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("router_input", INPUTS)
-def test_the_backbone_can_be_called_by_itself_with_checkpointing(router_input, use_reentrant, folder):
+def test_the_backbone_can_be_called_by_itself_with_checkpointing(use_reentrant, folder):
     """Where no call of the adapted model has let its checkpoint functions know of routers."""
     found, inputs = [], make_inputs("llama", labels=False)
     for checkpointed in (False, True):
-        model = in_training("llama", folder, router_input=router_input, learn_mix=True)
+        model = in_training("llama", folder, learn_mix=True)
         if checkpointed:
             model.get_base_model().activation_checkpointing_enable({"use_reentrant": use_reentrant})
         model.base_model.model.model(**inputs).last_hidden_state.square().mean().backward()
@@ -540,24 +540,34 @@ def test_checkpoint_functions_are_as_they_were_after_unloading(folder):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch looks at it itself
-@pytest.mark.parametrize("arch", ["llama", "gpt2"])
 @pytest.mark.parametrize("router_input", INPUTS)
-def test_a_compiled_model_has_no_graph_breaks_and_the_same_gradients(router_input, arch, folder):
-    eager = in_training(arch, folder, router_input=router_input, learn_mix=True)
-    model = in_training(arch, folder, router_input=router_input, learn_mix=True)
-    torch._dynamo.reset()
+def test_a_compiled_model_has_no_graph_breaks_no_recompiles_and_the_same_gradients(router_input, tmp_path):
+    experts = {
+        name: make_lora(tmp_path / name, seed=seed, r=2 + seed, target_modules=["gate_proj"])  # compiling takes seconds
+        for seed, name in enumerate("abp")
+    }
+    torch.manual_seed(0)
+    config = GroupedMoeConfig(
+        task_type="CAUSAL_LM",
+        groups={"f": {"a": experts["a"]}, "s": {"b": experts["b"]}},
+        general_expert=experts["p"],
+        router_input=router_input,
+        learn_mix=True,
+        init_lora_weights=False,
+    )
+    model = get_peft_model(make_model("llama"), config).train()
+    torch._dynamo.reset()  # or what was compiled before counts as a recompile
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for seed in (0, 1):
-        inputs = answered(arch, seed=seed)
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            loss = compiled(**inputs).loss
-        loss.backward()
-        expected = eager(**inputs).loss
-        expected.backward()
-        torch.testing.assert_close(loss, expected)
-        same_gradients(adapter_gradients(model), adapter_gradients(eager))
-        model.zero_grad()
-        eager.zero_grad()
+        inputs, found = answered("llama", seed=seed), []
+        for call in (model, compiled):
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                loss = call(**inputs).loss
+            loss.backward()
+            found.append((loss, adapter_gradients(model)))
+            model.zero_grad()
+        torch.testing.assert_close(found[1][0], found[0][0])
+        same_gradients(found[1][1], found[0][1])
 
 
 # -- precision --------------------------------------------------------------------------------------------------------
@@ -703,8 +713,7 @@ def test_auto_peft_model_needs_nothing_but_the_directory(folder, tmp_path):
     make_model("llama").save_pretrained(tmp_path / "base")
     base, inputs = AutoModelForCausalLM.from_pretrained(tmp_path / "base"), make_inputs("llama")
     torch.manual_seed(0)
-    config = grouped_config("llama", folder, check_base_model=False)
-    model = get_peft_model(base, config).eval()
+    model = get_peft_model(base, grouped_config("llama", folder)).eval()
     model.save_pretrained(tmp_path / "adapter")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
     assert torch.equal(logits(loaded, inputs), logits(model, inputs))
@@ -715,13 +724,11 @@ def test_auto_peft_model_needs_nothing_but_the_directory(folder, tmp_path):
 def test_transformers_own_adapter_methods_do_what_peft_does(router_input, folder, tmp_path):
     make_model("llama").save_pretrained(tmp_path / "base")
     native, inputs = AutoModelForCausalLM.from_pretrained(tmp_path / "base"), make_inputs("llama")
-    config = grouped_config("llama", folder, router_input=router_input, check_base_model=False)
     torch.manual_seed(0)
-    native.add_adapter(config)
+    native.add_adapter(grouped_config("llama", folder, router_input=router_input))
     native.eval()
     expected = logits(native, inputs)
-    torch.manual_seed(0)
-    assert torch.equal(expected, logits(get_peft_model(make_model("llama"), config).eval(), inputs))
+    assert torch.equal(expected, logits(grouped("llama", folder, router_input=router_input), inputs))
     native.disable_adapters()
     assert torch.equal(logits(native, inputs), logits(make_model("llama"), inputs))
     native.enable_adapters()
@@ -798,6 +805,44 @@ def test_two_active_adapters_add_up(folder):
     close(both, first + second - base)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # said of every second adapter
+def test_transformers_can_have_it_beside_adapters_of_another_method(folder, tmp_path):
+    model, inputs = grouped("llama", folder, router_input="prompt"), answered("llama")
+    model.save_pretrained(tmp_path)
+    native = make_model("llama")
+    torch.manual_seed(0)
+    other = MoLoraConfig(target_modules=TARGETS["llama"], num_experts=4, init_lora_weights=False)
+    native.add_adapter(other, "other")
+    first = logits(native.eval(), inputs)
+    native.load_adapter(str(tmp_path), "grouped")
+    for name, expected in (("grouped", logits(model, inputs)), ("other", first)):
+        native.set_adapter(name)
+        assert torch.equal(logits(native.eval(), inputs), expected)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")  # of peft, which warns of wrapping a PeftModel
+@pytest.mark.parametrize("router_input", INPUTS)
+def test_a_tuner_around_it_changes_nothing(router_input, folder):
+    inner, inputs = grouped("llama", folder, router_input=router_input), answered("llama")
+    expected = logits(inner, inputs)
+    outer = get_peft_model(inner, MoLoraConfig(target_modules=["o_proj"], num_experts=4))  # adds nothing yet
+    assert torch.equal(logits(outer.eval(), inputs), expected)
+
+
+@pytest.mark.parametrize("router_input", INPUTS)
+def test_hooks_of_accelerate_can_come_before_and_after(router_input, folder):
+    base, inputs = make_model("llama"), answered("llama")
+    expected = logits(base, inputs)
+    hook = AlignDevicesHook(execution_device="cpu", io_same_device=True)
+    first, second = base.model.layers
+    add_hook_to_module(first, hook)
+    torch.manual_seed(0)
+    model = get_peft_model(base, grouped_config("llama", folder, router_input=router_input)).eval()
+    add_hook_to_module(second, hook)
+    assert torch.equal(logits(model, inputs), logits(grouped("llama", folder, router_input=router_input), inputs))
+    assert torch.equal(logits(model.unload(), inputs), expected)
+
+
 def by_pickle(model):
     return pickle.loads(pickle.dumps(model))
 
@@ -853,6 +898,24 @@ def test_a_config_stays_as_it_was_and_can_be_used_again(folder):
     model.set_adapter("second")
     assert torch.equal(logits(model, inputs), found[0])
     assert config == before
+
+
+def test_a_layer_outside_of_blocks_has_a_router_of_its_own(tmp_path):
+    layers = {"a": ["lm_head", "v_proj"], "b": ["lm_head"]}
+    experts = {name: make_lora(tmp_path / name, seed=i, target_modules=layers[name]) for i, name in enumerate("ab")}
+    config = GroupedMoeConfig(task_type="CAUSAL_LM", groups={"f": experts}, init_lora_weights=False)
+    model, inputs = get_peft_model(make_model("llama"), config).eval(), make_inputs("llama")
+    assert set(routers(model)) == {"model.layers.0", "model.layers.1", "lm_head"}
+    for name, path in experts.items():
+        with model.routing({"f": {name: 1.0}}):
+            lora = PeftModel.from_pretrained(make_model("llama"), path).eval()
+            close(logits(model, inputs), logits(lora, inputs))
+    with torch.no_grad():
+        hidden = model(**inputs, output_hidden_states=True).hidden_states[-1]
+    e = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    with torch.no_grad():
+        said = (e @ routers(model)["lm_head"].gate.weight.T).softmax(-1)
+    close(model.explain(inputs).within["lm_head"], said)
 
 
 # -- trainers and processes -------------------------------------------------------------------------------------------

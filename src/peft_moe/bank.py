@@ -108,7 +108,7 @@ class ExpertBank(nn.Module):
         if init == "normal":
             nn.init.normal_(self.lora_A.weight, std=0.01)
         elif init == "gaussian":
-            for rows in self.lora_A.weight.split(self.ranks):
+            for rows in self.lora_A.weight.split([rank for rank in self.ranks if rank]):
                 nn.init.normal_(rows, std=1 / len(rows))
         else:
             nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
@@ -124,6 +124,11 @@ class ExpertBank(nn.Module):
         self.lora_A.weight.copy_(torch.cat([a for a, _ in present]))
         self.lora_B.weight.copy_(torch.cat([b for _, b in present], dim=1))
         self._awaits_weights = False
+
+    def take(self, other: ExpertBank) -> None:
+        """Have the same frozen weights as another bank, in the same memory."""
+        self.lora_A, self.lora_B = other.lora_A, other.lora_B
+        self._awaits_weights = other._awaits_weights
 
     @torch.no_grad()
     def await_weights(self) -> None:
@@ -177,6 +182,8 @@ class ExpertBank(nn.Module):
 
     def folded(self, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The bank under fixed weights (E,) as one LoRA of rank R and scaling 1: A (R, in), B (out, R)."""
+        if self._awaits_weights:
+            self._check_weights()
         return self.lora_A.weight, self._weigh(self.lora_B.weight, weights)
 
     def delta_weight(self, weights: torch.Tensor | None) -> torch.Tensor:

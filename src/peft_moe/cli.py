@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     fold.set_defaults(run=_fold)
     compose = commands.add_parser("compose", help="make one out of trained LoRAs", description=_compose.__doc__)
     compose.add_argument(
-        "recipe", metavar="FILE.yaml", type=Path, help="fields of GroupedMoeConfig; docs/atmoe.md has one"
+        "recipe", metavar="FILE.yaml", type=Path, help="fields of GroupedMoeConfig; docs/at_moe.md has one"
     )
     compose.add_argument("--out", required=True, type=Path, help="directory to write")
     compose.add_argument("--base-model", help="base model, in place of the one that the file or the experts name")

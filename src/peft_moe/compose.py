@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 import yaml
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -155,7 +155,13 @@ def _composed(recipe: Path, base_model: str | None) -> PeftModel:
             "Neither the file nor an expert names the base model; add base_model_name_or_path to the file."
         )
     class_name = base_class or AUTO_CLASSES.get(config.task_type, "AutoModel")
-    return cast(PeftModel, get_peft_model(cast(Any, _skeleton(base, class_name)), config))
+    model = cast(PeftModel, get_peft_model(cast(Any, _skeleton(base, class_name)), config))
+    if lost := [name for name, tensor in get_peft_model_state_dict(model).items() if tensor.is_meta]:
+        raise ValueError(
+            f"The adapter would hold {lost[0]!r}, a copy from the base model, whose weights are not loaded here; make "
+            f"it with from_loras, or compose without modules_to_save (a task_type of classifiers adds their heads)."
+        )
+    return model
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:

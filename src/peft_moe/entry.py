@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .checkpointing import keep_call_through_checkpointing
-from .routing import Batch, Ledger, Prompt, keep_mask
+from .routing import Batch, Ledger, Prompt, check_prompt_mask, keep_mask
 
 if TYPE_CHECKING:
     from .tuner import MoeTuner
@@ -66,9 +66,9 @@ class Entry:
         prompts = tuner.reads_prompts and tuner.adapters_enabled
         prompt_mask = kwargs.pop("prompt_mask", None) if tuner.reads_prompts else None
         batch = self._batch(args, kwargs, masks=training or tuner.recording or prompts)
-        told: dict[str, Any] = {"prompt_mask": prompt_mask}
+        told: dict[str, Any] = {}
         if prompts and batch is not None:
-            batch, told["prompt"] = self._prompts(batch, prompt_mask, args, kwargs, training=training)
+            batch, told = self._prompts(batch, prompt_mask, args, kwargs, training=training)
         with context.call(
             task_ids, active=active, batch=batch, training=training, counted=not answering, **told
         ) as ledger:
@@ -78,7 +78,7 @@ class Entry:
                 outputs = self.replaced(*args, **kwargs)
             else:
                 outputs = getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
-            if prompts and not torch.compiler.is_compiling():
+            if prompts:
                 self._keep_prompts(batch, outputs)
             return outputs if ledger is None else self._settle(ledger, outputs, kwargs)
 
@@ -109,27 +109,32 @@ class Entry:
         kwargs: dict[str, Any],
         *,
         training: bool,
-    ) -> tuple[Batch, Prompt | None]:
-        """The batch with its prompts marked, and what is known of them already.
+    ) -> tuple[Batch, dict[str, Any]]:
+        """The batch with its prompts marked, and what the context is to be told of them.
 
         Raises:
             ValueError: prompts cannot be told from answers, or several are packed into a row.
         """
         kwargs = self._named(args, kwargs)
         context, labels = self.tuner.context, kwargs.get("labels")
-        if prompt_mask is None and context.open:
-            prompt_mask = context.prompt_mask
-        cache = kwargs.get("past_key_values")
+        cache, anew = kwargs.get("past_key_values"), prompt_mask is not None
+        if prompt_mask is not None:
+            states = kwargs.get("encoder_outputs")
+            check_prompt_mask(prompt_mask, batch.rows, batch.tokens if states is None else states[0].shape[1])
+        elif context.open:
+            prompt_mask = _part_of(context.prompt_mask, batch, context.prompt.to_come)
         if self.method == "generate":
-            return batch, Prompt(to_come=_tokens_to_read(batch, cache, self.tuner.is_encoder_decoder))
-        outer = context.batch if context.open else None
-        if outer is not None and outer.mask is not None and batch.mask is None:
-            # generate makes other masks of its own for caches of a fixed size
-            batch = batch.with_mask(outer.mask)
+            if batch.mask is not None and batch.tokens is not None:  # with a static cache, forwards get no such mask
+                seen = batch.mask[:, -batch.tokens :]
+                prompt_mask = seen if prompt_mask is None else prompt_mask.bool() & seen
+            to_come = _tokens_to_read(batch, cache, self.tuner.is_encoder_decoder)
+            return batch, {"prompt": Prompt(to_come), "prompt_mask": prompt_mask}
         if self.owner is self.tuner.model:
             batch = self.tuner.mark_prompts(batch, prompt_mask, labels, kwargs, training=training)
-        known = None if context.open or prompt_mask is not None or labels is not None else context.prompt_in(cache)
-        return batch, known
+        elif prompt_mask is not None and context.open:  # an encoder, which has a batch of its own
+            batch = batch.with_prompt(prompt_mask)
+        goes_on = not context.open and not anew and labels is None and _length(cache) > 0
+        return batch, {"prompt": context.prompt_in(cache) if goes_on else None, "prompt_mask": prompt_mask}
 
     def _keep_prompts(self, batch: Batch | None, outputs: Any) -> None:
         """Note that prompts have been read, and keep what came of them with the cache that they are in."""
@@ -195,7 +200,31 @@ def _tokens_to_read(batch: Batch, cache: Any, is_encoder_decoder: bool) -> int |
     """How many tokens of a prompt `generate` hands to its model: those that are not in the cache already."""
     if is_encoder_decoder or batch.tokens is None:
         return None
-    past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+    past = _length(cache)
     # the input is all of the text or its new part only; a mask is of all of it in either case
     whole = batch.mask is None or batch.mask.shape[1] == batch.tokens
     return batch.tokens - past if whole and past < batch.tokens else batch.tokens
+
+
+def _length(cache: Any) -> int:
+    """How many tokens a cache of keys and values has."""
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+
+
+def _part_of(mask: torch.Tensor | None, batch: Batch, to_come: int | None) -> torch.Tensor | None:
+    """Which tokens of a forward inside another call are the prompt; None if all are.
+
+    Args:
+        mask: the same for the whole call, if its caller has said so.
+        batch: of the forward.
+        to_come: how many tokens of the prompt are still to be read, at the end of which the forward may have more, such
+            as candidates for the answer; None if the call's first forward brings them all.
+    """
+    if to_come is None or batch.tokens is None or to_come <= 0:
+        return mask
+    if mask is None:
+        if batch.tokens <= to_come:
+            return None
+        mask = torch.ones(batch.rows, to_come, dtype=torch.bool, device=batch.device)
+    part = mask[:, mask.shape[1] - to_come :][:, : batch.tokens].bool()
+    return nn.functional.pad(part, (0, batch.tokens - part.shape[1]))

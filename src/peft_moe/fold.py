@@ -85,7 +85,7 @@ def fold(
         if task is not None:
             raise ValueError(f"task={task!r}: GROUPEDMOE adapters know no tasks; pass routing= to fix their weights.")
         control = config.control(routing) if routing is not None else control
-        weights_at, choice = fixed_weights(config, state_dict, control), routing
+        weights_at, choice = fixed_weights(config, state_dict, control), routing or config.group_weights
     lora_config, lora_state_dict = fold_state_dict(config, state_dict, weights_at)
     with adapter_directory(Path(out_dir), overwrite=overwrite) as work:
         lora_config.save_pretrained(str(work))

@@ -186,6 +186,7 @@ class MoeLinear(nn.Module, BaseTunerLayer):
             weights = self._merge_weights(adapter)
             self._add_to_base(self._delta_weight(adapter, weights), adapter if safe_merge else None)
             self.merged_adapters.append(adapter)
+            self.context.in_base.add(adapter)
             self._merged_weights[adapter] = weights
             if isinstance(self.router_of(adapter), TaskRouter):
                 self.context.merged[adapter] = self.context.one_task(adapter)
@@ -200,6 +201,7 @@ class MoeLinear(nn.Module, BaseTunerLayer):
             adapter = self.merged_adapters.pop()
             self._add_to_base(-self._delta_weight(adapter, self._merged_weights.pop(adapter)))
             self.context.merged.pop(adapter, None)
+            self.context.in_base.discard(adapter)
 
     def _add_to_base(self, delta: torch.Tensor, check_for: str | None = None) -> None:
         if self.quantization_backend is not None and not self.quantization_backend.supports_merge:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..config import Experts, MoeConfig, PeftMoeType, check_count, check_flag, check_fraction
-from ..routing import Control, control_of
+from ..routing import Control, control_of, plain
 from .sources import Expert, check_source
 
 GENERAL = "general_expert"
@@ -20,7 +20,7 @@ class GroupedMoeConfig(MoeConfig):
 
     Trained LoRAs are the experts ΔW. They stay as they are, and a router in each transformer block is trained to weigh
     groups of them and the experts within each group, by what enters the block. The paper states no values; the defaults
-    are ours, and docs/atmoe.md has the reasons.
+    are ours, and docs/at_moe.md has the reasons.
 
     Args:
         groups: the experts by group and name: `{"function": {"triage": SOURCE, ...}, "style": {...}}`. A source is a
@@ -39,12 +39,15 @@ class GroupedMoeConfig(MoeConfig):
         group_temperature, expert_temperature: τ_G and τ_D.
         router_norm: divide what the router reads by its root mean square, token by token.
         train_experts: train the experts too; needed where some are new.
-        r, lora_alpha, lora_dropout: of new experts; dropout also of trained ones that are trained on.
+        r, lora_alpha: of new experts.
+        lora_dropout: of all experts, with `train_experts`.
         target_modules: of new experts; others adapt what they were trained for, so leave it out where there are none.
         check_base_model: refuse experts that were trained on a base model of another name.
         num_experts: counted from `groups` and `general_expert`; leave it out.
         group_weights: what `set_group_weights(..., store=True)` has fixed: its arguments.
         expert_layout: ranks and scalings of the experts by module, set when the adapter is made and saved with it.
+        expert_order: `group/name` of the experts in the order of `groups`, set by itself: a saved config has the names
+            in `groups` in alphabetical order.
 
     See `MoeConfig` for the other fields.
 
@@ -77,9 +80,11 @@ class GroupedMoeConfig(MoeConfig):
     check_base_model: bool = True
     group_weights: dict[str, Any] | None = None
     expert_layout: list[dict[str, Any]] | None = None
+    expert_order: list[str] | None = None
 
     def __post_init__(self) -> None:
-        self.groups = check_groups(self.groups)
+        self.groups = in_order(check_groups(self.groups), self.expert_order)
+        self.expert_order = [f"{group}/{name}" for group, names in self.names.items() for name in names]
         self.general_expert = check_source("The general expert", self.general_expert)
         if self.num_experts not in (None, len(self.sources)):
             raise ValueError(f"num_experts={self.num_experts!r}, and groups name {len(self.sources)}; leave it out.")
@@ -96,10 +101,16 @@ class GroupedMoeConfig(MoeConfig):
         check_count("r", self.r, "the rank of a new expert")
         self._check_mix()
         self._check_new()
+        if self.lora_dropout and not self.train_experts:
+            raise ValueError(
+                f"lora_dropout={self.lora_dropout!r} drops inputs of experts in training, and these are frozen; set "
+                "train_experts=True, or leave it out."
+            )
         if self.num_experts_pattern or self.rank_pattern or self.alpha_pattern:
             raise ValueError("Experts bring their own ranks and alphas; leave the *_pattern fields out.")
         if self.group_weights is not None:
             self.control(self.group_weights)
+            self.group_weights = plain(self.group_weights)
 
     def _check_mix(self) -> None:
         if self.mix is not None:
@@ -119,6 +130,11 @@ class GroupedMoeConfig(MoeConfig):
             raise ValueError(
                 f"Experts {self.new_experts} have no source, and untrained ones add nothing; name trained LoRAs, or "
                 "set train_experts=True."
+            )
+        if self.layers_to_transform is not None and self.target_modules is None and any(self.sources.values()):
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform!r} selects among target_modules, and trained experts "
+                "adapt the layers that they were trained for; leave it out."
             )
         if self.target_modules is not None and not self.new_experts and self.expert_layout is None:
             raise ValueError(
@@ -198,6 +214,22 @@ class GroupedMoeConfig(MoeConfig):
                 f"The adapter has experts for {len(known)} modules and the model has {len(targets)} of such names; "
                 f"they differ in {strangers[0]!r}. It was made for another base model, or for another class of it."
             )
+
+
+def in_order(groups: dict[str, dict[str, Any]], order: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+    """The same groups, and experts within them, in the order of a list of `group/name`; None for theirs.
+
+    Raises:
+        ValueError: the list has other names.
+    """
+    if order is None:
+        return groups
+    if sorted(order) != sorted(f"{group}/{name}" for group, experts in groups.items() for name in experts):
+        raise ValueError(f"expert_order={order!r} does not have the names that groups have; leave it out.")
+    found: dict[str, dict[str, Any]] = {}
+    for group, _, name in (entry.partition("/") for entry in order):
+        found.setdefault(group, {})[name] = groups[group][name]
+    return found
 
 
 def check_groups(groups: Any) -> dict[str, dict[str, Any]]:

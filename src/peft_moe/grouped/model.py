@@ -28,6 +28,7 @@ from ..routing import (
     GroupedRouter,
     GroupWeights,
     View,
+    plain,
     prompt_before_labels,
 )
 from ..schedule import layer_of
@@ -54,6 +55,8 @@ class GroupedMoeModel(MoeTuner):
     def _pre_injection_hook(self, model: nn.Module, config: GroupedMoeConfig, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
         self._routers: dict[str, dict[str, GroupedRouter]] = {}  # by adapter and block; registered in a layer each
+        # not looked up in peft_config, where transformers deletes entries and a tuner around this one puts its own
+        self._by_prompt: set[str] = set()
         generates = getattr(model, "can_generate", None)
         self.is_causal = bool(callable(generates) and generates()) and not self.is_encoder_decoder
 
@@ -64,6 +67,8 @@ class GroupedMoeModel(MoeTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             self._experts = None
+        if self._config(adapter_name).router_input == "prompt":
+            self._by_prompt.add(adapter_name)
         for block in self._routers.get(adapter_name, {}):
             BlockEntry.install(model.get_submodule(block), block, self)
         if self.reads_prompts and self.is_encoder_decoder:  # which generate calls by itself, with masks of its own
@@ -115,6 +120,12 @@ class GroupedMoeModel(MoeTuner):
             return
         model_type = self.get_model_config(self.model).get("model_type")
         inside = next((key for key in keys if IN_BASE_EXPERTS.search(key)), None)
+        outside = next((key for key in keys if self.is_causal and self._block_of(config, key) is None), None)
+        if outside is not None and inside is None:
+            raise ValueError(
+                f"router_input='prompt' routes the layers of blocks, and {outside!r} is in none: generate may not show "
+                "it the whole prompt. Use router_input='token', or experts that do not adapt it."
+            )
         if model_type in SEQUENCE_FIRST or inside is not None:
             why = f"{inside!r} sees tokens picked from all rows" if inside else f"{model_type} does not see rows first"
             raise ValueError(f"router_input='prompt' routes rows, and {why}; use router_input='token'.")
@@ -125,11 +136,27 @@ class GroupedMoeModel(MoeTuner):
 
     def fill_bank(self, bank: ExpertBank, config: GroupedMoeConfig, key: str) -> None:
         if self._experts is None:  # of a saved adapter, whose weights come next
-            bank.await_weights()
+            twin = self._twin(config, key)
+            if twin is None:
+                bank.await_weights()
+            else:
+                bank.take(twin)
             return
         bank.reset_parameters(config.init_lora_weights)
         if bank.pretrained:
             bank.fill([self._lora(bank, i, expert, key) for i, expert in enumerate(self._experts)])
+
+    def _twin(self, config: GroupedMoeConfig, key: str) -> ExpertBank | None:
+        """The bank of another adapter in the model with the same frozen experts, as TRL's reference adapter has."""
+        layer = self.model.get_submodule(key)
+        for name in layer.moelora_bank if isinstance(layer, MoeLinear) and not config.train_experts else ():
+            other = self.peft_config.get(name)
+            if not isinstance(other, GroupedMoeConfig) or other.train_experts:
+                continue
+            fields = ("groups", "general_expert", "expert_order", "expert_layout")
+            if all(getattr(other, field) == getattr(config, field) for field in fields):
+                return cast(ExpertBank, layer.moelora_bank[name])
+        return None
 
     @staticmethod
     def _lora(bank: ExpertBank, i: int, expert: Expert | None, key: str) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -183,13 +210,15 @@ class GroupedMoeModel(MoeTuner):
     @property
     def reads_prompts(self) -> bool:
         """Whether an active adapter routes by prompts."""
-        return any(self._config(name).router_input == "prompt" for name in self.active_adapters)
+        active = (name for name in self.active_adapters if name not in self.context.in_base)
+        return any(name in self._by_prompt for name in active)
 
     def readers(self, block: str) -> list[tuple[GroupedRouter, View]]:
         """The routers of a block that are to read what enters it."""
         if not self.adapters_enabled:
             return []
-        found = [(name, self._routers.get(name, {}).get(block)) for name in self.active_adapters]
+        names = [name for name in self.active_adapters if name not in self.context.in_base]
+        found = [(name, self._routers.get(name, {}).get(block)) for name in names]
         return [(router, self.context.view(name)) for name, router in found if router is not None]
 
     def wrap_checkpoints(self, block: nn.Module) -> None:
@@ -276,15 +305,15 @@ class GroupedMoeModel(MoeTuner):
         """
         name = self._one_adapter(adapter_name)
         off = list(off) if isinstance(off, Iterable) and not isinstance(off, str) else off
-        given = {"weights": weights, "group_weights": group_weights, "off": off, "mix": mix}
-        given = {key: value for key, value in given.items() if value not in (None, [])}
+        given = {"weights": weights, "group_weights": group_weights, "off": off or None, "mix": mix}
+        given = {key: plain(value) for key, value in given.items() if value is not None}
         control = self._control(name, given)
         if control is None:
             self.context.controls.pop(name, None)
         else:
             self.context.controls[name] = control
         if store:
-            self._config(name).group_weights = copy.deepcopy(given) or None
+            self._config(name).group_weights = given or None
 
     @contextmanager
     def routing(
@@ -314,11 +343,14 @@ class GroupedMoeModel(MoeTuner):
                 self.context.controls[name] = before
 
     def _control(self, adapter_name: str, given: Mapping[str, Any]) -> Control | None:
-        if any(adapter_name in layer.merged_adapters for layer in self._layers(adapter_name)):
+        self._refuse_merged(adapter_name)
+        return self._config(adapter_name).control(given) if given else None
+
+    def _refuse_merged(self, adapter_name: str) -> None:
+        if adapter_name in self.context.in_base:
             raise ValueError(
                 f"Adapter {adapter_name!r} is merged with the weights it had then; call model.unmerge_adapter() first."
             )
-        return self._config(adapter_name).control(given) if given else None
 
     def _one_adapter(self, adapter_name: str | None) -> str:
         if adapter_name is None and len(self.active_adapters) != 1:
@@ -343,23 +375,25 @@ class GroupedMoeModel(MoeTuner):
             >>> print(model.explain(tokenizer("Chest pain.", return_tensors="pt")))
         """
         name = self._one_adapter(adapter_name)
+        self._refuse_merged(name)
         routers = dict(self.routers(name))
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        self.recording = True  # so that the call keeps its masks
-        for router in routers.values():
-            router.seen = []
-        try:
-            self.model(**batch)
-            seen = {key: router.seen for key, router in routers.items() if router.seen}
-        finally:
+        with self.context.turn():
+            modes = {module: module.training for module in self.model.modules()}
+            self.model.eval()
+            self.recording = True  # so that the call keeps its masks
             for router in routers.values():
-                router.seen = None
-            self.recording = False
-            for module, training in modes.items():
-                module.training = training
+                router.seen = []
+            try:
+                self.model(**batch)
+                seen = {key: router.seen for key, router in routers.items() if router.seen}
+            finally:
+                for router in routers.values():
+                    router.seen = None
+                self.recording = False
+                for module, training in modes.items():
+                    module.training = training
         if not seen:
-            raise ValueError(f"No router of adapter {name!r} was asked; is it active, enabled and not merged?")
+            raise ValueError(f"No router of adapter {name!r} was asked; is it active and enabled?")
         return Explanation.of(self._config(name), seen)
 
     def routers(self, adapter_name: str | None = None) -> Iterator[tuple[str, GroupedRouter]]:
@@ -387,11 +421,13 @@ class GroupedMoeModel(MoeTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._routers.pop(adapter_name, None)
+        self._by_prompt.discard(adapter_name)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         for module in model.modules():
             BlockEntry.remove(module, self)
+        self._routers.clear()  # an entry that somebody has put hooks before stays
         if self.is_encoder_decoder:
             Entry.remove(cast(Any, model).get_encoder(), "forward")
         return model
@@ -466,7 +502,10 @@ def check_expert(name: str, expert: Expert, modules: Mapping[str, nn.Module], ba
         module = modules.get(key)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if base is None:
-            raise ValueError(f"{name} adapts {key!r}, which the base model does not have; it is of another base model.")
+            raise ValueError(
+                f"{name} adapts {key!r}, which the base model does not have; it is of another base model, or of "
+                "another class of it."
+            )
         shape = (
             _get_in_out_features(base)
             if isinstance(base, (nn.Linear, Conv1D)) or hasattr(base, "in_features")

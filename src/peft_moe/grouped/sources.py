@@ -31,6 +31,7 @@ from ..moelora.model import weights_of_task
 Source = "str | Mapping[str, Any] | Expert | None"
 ENTRIES = ("source", "revision", "subfolder", "task")
 FOUND = ("sha256", "commit", "loaded")  # entries that are set when the source has been read
+WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
 
 # Fields of a stock LoRA that do not change what its A and B mean; any other has to have its default.
@@ -113,6 +114,13 @@ def read_expert(source: Any, *, name: str = "expert") -> Expert:
     if isinstance(entries, Expert):
         return entries
     where = f"{name} ({entries['source']})"
+    if entries.get("loaded"):
+        raise ValueError(f"{where} was an adapter in a model's memory; give the folder or Hub id of it.")
+    if entries.get("revision") and Path(entries["source"]).exists():
+        raise ValueError(
+            f"{where} is a folder here, which has no revision {entries['revision']!r}; leave revision out, or rename "
+            "the folder if the Hub's is meant."
+        )
     config_path = _find(CONFIG_NAME, entries, where)
     config = _read_config(config_path, where)
     commit = extract_commit_hash(str(config_path), None)  # of a branch that may move on before the next file
@@ -204,7 +212,10 @@ def _of_lora(config: Mapping[str, Any], state_dict: dict[str, torch.Tensor], whe
                 f"{where} has the tensor {name!r} of shape {tuple(tensor.shape)}; experts have matrices lora_A and "
                 "lora_B of linear layers only."
             )
-        parts.setdefault(key, {})[ending[0]] = tensor
+        if tensor.dtype not in WEIGHT_TYPES:
+            raise ValueError(f"{where} has {name!r} in {tensor.dtype}; save it in one of {[*map(str, WEIGHT_TYPES)]}.")
+        if parts.setdefault(key, {}).setdefault(ending[0], tensor) is not tensor:
+            raise ValueError(f"{where} has lora_{ending[0]} at {key!r} twice, under two names; save it anew.")
     if not parts:
         raise ValueError(f"{where} has no LoRA weights.")
     layers = {}

@@ -1,9 +1,9 @@
 """From what a call was told, or a layer sees, to the weight of each expert: `Router(gate, select)`."""
 
-from .batch import Batch, keep_mask, prompt_before_labels
+from .batch import Batch, check_prompt_mask, keep_mask, prompt_before_labels
 from .call import View
 from .context import RoutingContext
-from .control import Control, GroupWeights, control_of
+from .control import Control, GroupWeights, control_of, plain
 from .gates import GroupedGate, TaskGate, TokenGate
 from .grouped import Decision, GroupedRouter, Router
 from .ledger import Ledger, OutsideScale
@@ -32,10 +32,12 @@ __all__ = [
     "TokenGate",
     "TokenRouter",
     "View",
+    "check_prompt_mask",
     "control_of",
     "encode_tasks",
     "keep_mask",
     "list_tasks",
+    "plain",
     "prompt_before_labels",
     "softmax",
     "task_index",

@@ -38,20 +38,9 @@ class Batch:
         flattened = axes == 2 and self.tokens is not None and rows == self.rows * self.tokens
         return rows == self.rows or flattened or (self.images and rows % self.rows == 0)
 
-    def with_mask(self, mask: torch.Tensor) -> Batch:
-        """The same with a mask (n, s) of the tokens that are no padding, if that fits."""
-        return replace(self, mask=mask) if mask.shape[1] == self.tokens and self.rows % len(mask) == 0 else self
-
     def with_prompt(self, prompt: torch.Tensor) -> Batch:
-        """The same with the tokens (n, s) of prompts marked, if that fits; a step of a longer text has none.
-
-        Raises:
-            ValueError: it is no mask of two axes.
-        """
-        if not isinstance(prompt, torch.Tensor) or prompt.dim() != 2 or prompt.is_floating_point():
-            shape = tuple(prompt.shape) if isinstance(prompt, torch.Tensor) else type(prompt).__name__
-            raise ValueError(f"prompt_mask of {shape}; give bool (batch, tokens), true for the tokens of the prompt.")
-        return replace(self, prompt=prompt.bool()) if prompt.shape[1] == self.tokens else self
+        """The same with the tokens (n, s) of prompts marked."""
+        return replace(self, prompt=prompt.bool())
 
     def tokens_of(self, x: torch.Tensor, *, in_decoder: bool) -> tuple[torch.Size, torch.Tensor | None]:
         """A layer's input as rows of tokens: its leading axes as (n, s), and the mask (n, s) of the tokens that count.
@@ -93,6 +82,17 @@ def _as_rows(mask: torch.Tensor, shape: torch.Size, device: torch.device) -> tor
     """The last columns of a mask, repeated as rows were."""
     mask = mask[:, -shape[1] :].to(device)
     return mask if len(mask) == shape[0] else mask.repeat_interleave(shape[0] // len(mask), dim=0)
+
+
+def check_prompt_mask(mask: Any, rows: int, tokens: int | None) -> None:
+    """Raise a ValueError unless a mask of prompts fits a batch."""
+    fits = isinstance(mask, torch.Tensor) and not mask.is_floating_point() and mask.shape == (rows, tokens)
+    if not fits:
+        shape = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else f"type {type(mask).__name__}"
+        raise ValueError(
+            f"prompt_mask of {shape}; give bool (batch, tokens), true for the tokens of the prompt, which is "
+            f"({rows}, {tokens}) here."
+        )
 
 
 def prompt_before_labels(labels: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

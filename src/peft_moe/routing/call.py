@@ -43,7 +43,7 @@ class Call:
         ledger: where balance losses go; None unless it is a training call.
         counted: whether statistics have it: not what is generated.
         controls: by adapter, what a user has fixed.
-        prompt: what routers make of the rows' prompts.
+        prompt: what routers make of the rows' prompts; None outside of a call.
         prompt_done: whether it has none of the prompt's tokens.
         prompt_mask: which tokens are the prompt, if the caller has said so.
     """
@@ -55,7 +55,7 @@ class Call:
     ledger: Ledger | None = None
     counted: bool = True
     controls: dict[str, Control] = field(default_factory=dict)
-    prompt: Prompt = field(default_factory=Prompt)
+    prompt: Prompt | None = None
     prompt_done: bool = False
     prompt_mask: torch.Tensor | None = None
 

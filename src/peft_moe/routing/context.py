@@ -33,6 +33,7 @@ class RoutingContext:
     def __init__(self, one_task_only: str | None = None) -> None:
         self.one_task_only = one_task_only
         self.merged: dict[str, torch.Tensor] = {}  # by adapter, the task ids (1,) or (1, k) in the base weights now
+        self.in_base: set[str] = set()  # adapters that are merged into the base weights
         self._tasks: dict[str, Tasks] = {}
         self._chosen: Task | Sequence[Task] | None = None
         self._chosen_ids: dict[str, torch.Tensor] = {}
@@ -60,6 +61,7 @@ class RoutingContext:
         """Drop what is known of an adapter."""
         for kept in (self._tasks, self._chosen_ids, self.merged, self.controls):
             kept.pop(adapter, None)
+        self.in_base.discard(adapter)
 
     def choose(self, task: Task | Sequence[Task] | None, adapters: Sequence[str]) -> None:
         """Take a task for all calls that bring none; several are tasks of every row; None takes the choice back.
@@ -112,11 +114,11 @@ class RoutingContext:
                     ledger=ledger,
                     counted=counted if outermost else before.counted,
                     prompt=prompt,
-                    prompt_done=prompt.done,
+                    prompt_done=bool(prompt and prompt.done),
                     prompt_mask=prompt_mask if outermost else before.prompt_mask,
                 )
             elif batch is not None:  # such as a step of generate, which may have repeated the rows
-                self._call = replace(before, batch=batch, prompt_done=before.prompt.done)
+                self._call = replace(before, batch=batch, prompt_done=bool(before.prompt and before.prompt.done))
             self._depth += 1
             try:
                 yield self._call.ledger if outermost else None
@@ -132,6 +134,12 @@ class RoutingContext:
         self.last_ledger = Ledger(self.outside)
         return self.last_ledger
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Keep calls of other threads waiting."""
+        with self._turn:
+            yield
+
     @property
     def open(self) -> bool:
         """Whether a call is under way."""
@@ -144,14 +152,9 @@ class RoutingContext:
         return self._call if self._depth or torch._C._current_graph_task_id() != -1 else None
 
     @property
-    def batch(self) -> Batch | None:
-        """The input of the current call."""
-        return self._call.batch
-
-    @property
     def prompt(self) -> Prompt:
         """What routers make of the prompts of the current call."""
-        return self._call.prompt
+        return self._call.prompt or Prompt()
 
     @property
     def prompt_mask(self) -> torch.Tensor | None:
@@ -168,7 +171,7 @@ class RoutingContext:
     def keep_prompt_with(self, cache: Any) -> None:
         """Let calls that go on with a cache have the prompts of the current call."""
         try:
-            self._prompts[cache] = self._call.prompt
+            self._prompts[cache] = self.prompt
         except TypeError:  # a tuple, as old models return
             return
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -116,7 +117,10 @@ def control_of(
     bias, fixed, rest = _lay_out("the groups", list(groups), own, off_groups)
     expert_bias, expert_fixed, expert_rest, settled = [], [], [], {}
     for group, experts in groups.items():
-        row_bias, row_fixed, row_rest = _lay_out(f"group {group!r}", experts, within.get(group, {}), off_experts[group])
+        given = within.get(group, {})
+        if group in off_groups and any(given.values()):
+            raise ValueError(f"Group {group!r} is off and has weights {given!r} within; leave one of them out.")
+        row_bias, row_fixed, row_rest = _lay_out(f"group {group!r}", experts, given, off_experts[group])
         expert_bias += row_bias
         expert_fixed += row_fixed
         expert_rest += [row_rest] * len(experts)
@@ -135,6 +139,13 @@ def control_of(
     )
 
 
+def plain(value: Any) -> Any:
+    """Mappings, and the numbers in them, as JSON has them."""
+    if isinstance(value, Mapping):
+        return {key: plain(entry) for key, entry in value.items()}
+    return float(value) if isinstance(value, Real) and not isinstance(value, (int, float)) else value
+
+
 def _lay_out(
     where: str, names: Sequence[str], given: Mapping[str, float], off: set[str]
 ) -> tuple[list[float], list[float], float]:
@@ -144,7 +155,7 @@ def _lay_out(
         _check_number(f"The weight of {name!r}", value)
         if name in off and value:
             raise ValueError(f"{name!r} is switched off and has the weight {value!r}; leave one of them out.")
-    total = math.fsum(given.values())
+    total = math.fsum(map(float, given.values()))
     free = [name for name in names if name not in given and name not in off]
     if total > 1 + ROUNDING:
         raise ValueError(
@@ -192,5 +203,5 @@ def _check_name(name: str, known: Sequence[str], what: str) -> None:
 
 
 def _check_number(what: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
         raise ValueError(f"{what} is {value!r}; weights are shares, so give a number from 0 to 1.")

@@ -145,7 +145,7 @@ class GroupedGate(nn.Module):
         super().__init__()
         self.in_features, self.num_groups, self.num_experts, self.static = in_features, num_groups, num_experts, static
         self.group_temperature, self.expert_temperature = group_temperature, expert_temperature
-        self.mix = mix
+        self.mix, self.fixed_mix = mix, None if learn_mix else mix
         projected = num_groups + (0 if static else num_experts)
         self.weight = nn.Parameter(torch.empty(projected, in_features)) if projected else None  # W_G above W_D
         # biases by name, so that Trainer gives them no weight decay
@@ -181,6 +181,12 @@ class GroupedGate(nn.Module):
                 experts = scores[..., self.num_groups :]  # type: ignore[index]  # there unless static
             mix = self.mix if self.mix_bias is None else wide(self.mix_bias).sigmoid().to(e.dtype)
             return groups if self.num_groups else None, experts / self.expert_temperature, mix
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where its scores are made."""
+        at = self.expert_bias if self.weight is None else self.weight
+        return None if at is None else at.device
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, num_groups={self.num_groups}, num_experts={self.num_experts}"

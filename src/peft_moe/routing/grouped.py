@@ -122,11 +122,15 @@ class GroupedRouter(nn.Module):
 
     def free_choices(self, control: Control | None) -> list[str]:
         """What depends on the input under this control, in words."""
+        mix = self.gate.fixed_mix if control is None or control.mix is None else control.mix
+        if self.has_general and mix == 0:  # the general expert alone
+            return []
         if self.gate.static and not self.gate.num_groups:
             return []
         return (control or self._free).free_choices(static_experts=self.gate.static)
 
     def _weights(self, e: torch.Tensor, view: View) -> torch.Tensor:
+        e = e.to(self.gate.device)  # where a model is spread over devices, the block moves its input later
         if e.shape[-1] != self.gate.in_features:
             raise ValueError(
                 f"A block is entered by {e.shape[-1]} features, and its router, made for the block's first linear "
@@ -143,11 +147,21 @@ class GroupedRouter(nn.Module):
                 )
             return self._combine(decision)
         prompt = view.prompt
+        if prompt is None:
+            raise RuntimeError(
+                "router_input='prompt' needs to know the rows' prompts, and a part of the model was called by itself; "
+                "call the adapted model, or use router_input='token'."
+            )
+        if view.prompt_done and self not in prompt.read:
+            raise RuntimeError(
+                "A call goes on with a cache whose prompt this adapter has not read, because another adapter or a "
+                "compiled call did; read the prompt again, in a call without the cache."
+            )
         if prompt is not None and view.prompt_done and self in prompt.read:
             control, mean, weights = prompt.read[self]
             return weights if control is view.control else self._combine(self._decide(mean, view.control))
         total, count = self._sum(e, view)
-        keep = prompt if not view.again and not torch.compiler.is_compiling() else None
+        keep = prompt if not view.again else None
         if keep is not None:
             total, count = keep.add(self, total, count)
         mean = total / count.clamp_min(1)

@@ -40,6 +40,8 @@ class Prompt:
 
     def passed(self, tokens: int) -> None:
         """Take note that a forward of so many tokens is over."""
+        if self.done:
+            return
         if self.to_come is not None:
             self.to_come -= tokens
         self.done = self.to_come is None or self.to_come <= 0
