@@ -621,7 +621,7 @@ def test_a_compiled_model_that_decodes_by_hand_keeps_to_the_prompt(tmp_path):
     assert not torch.allclose(logits(model, {"input_ids": ids}), expected, atol=1e-4)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     steps, cache = [], None
-    for part in (slice(0, 3), slice(3, 4), slice(4, 6)):
+    for part in (slice(0, 3), slice(3, 6)):
         with torch.no_grad():
             outputs = compiled(input_ids=ids[:, part], past_key_values=cache, use_cache=True)
         steps, cache = [*steps, outputs.logits], outputs.past_key_values

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from .checkpointing import keep_call_through_checkpointing
-from .routing import Batch, Ledger, Prompt, check_prompt_mask, keep_mask
+from .prompts import for_forward, for_generate
+from .routing import Batch, Ledger, keep_mask
 
 if TYPE_CHECKING:
     from .tuner import MoeTuner
@@ -37,6 +38,11 @@ class Entry:
         self.owner, self.method, self.tuner = owner, method, tuner
         # Somebody else's replacement, such as accelerate's hooks, or the entry of a tuner further in.
         self.replaced = owner.__dict__.get(method)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the owner is the model, or the `PeftModel` around it, and no part that generate calls by itself."""
+        return self.owner is self.tuner.model or getattr(self.owner, "base_model", None) is self.tuner
 
     @classmethod
     def install(cls, owner: nn.Module, method: str, tuner: MoeTuner) -> None:
@@ -64,13 +70,23 @@ class Entry:
             keep_call_through_checkpointing(self.owner, context)
         active = tuner.active_adapters if tuner.adapters_enabled else ()
         prompts = tuner.reads_prompts and tuner.adapters_enabled
-        prompt_mask = kwargs.pop("prompt_mask", None) if tuner.reads_prompts else None
         batch = self._batch(args, kwargs, masks=training or tuner.recording or prompts)
         told: dict[str, Any] = {}
+        first = self.method == "forward" and self.whole and not context.in_forward
         if prompts and batch is not None:
-            batch, told = self._prompts(batch, prompt_mask, args, kwargs, training=training)
+            arguments = self._named(args, kwargs)
+            if self.method == "generate" and not context.open:
+                told = for_generate(tuner, self.owner, batch, arguments)
+            elif first:
+                batch, told = for_forward(tuner, batch, arguments, training=training)
+            elif self.whole:  # inside a forward, which has marked the prompts
+                batch = None
+            elif context.prompt_mask is not None:  # an encoder, which has a batch of its own
+                batch = batch.with_prompt(context.prompt_mask)
+        if tuner.reads_prompts:
+            kwargs.pop("prompt_mask", None)
         with context.call(
-            task_ids, active=active, batch=batch, training=training, counted=not answering, **told
+            task_ids, active=active, batch=batch, training=training, counted=not answering, in_forward=first, **told
         ) as ledger:
             if isinstance(self.replaced, Entry):  # a tuner inside a tuner is told the same
                 kwargs["task_ids"] = context.told
@@ -78,8 +94,8 @@ class Entry:
                 outputs = self.replaced(*args, **kwargs)
             else:
                 outputs = getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
-            if prompts:
-                self._keep_prompts(batch, outputs)
+            if prompts and first:
+                context.prompt_was_read(batch, getattr(outputs, "past_key_values", None))
             return outputs if ledger is None else self._settle(ledger, outputs, kwargs)
 
     def _batch(self, args: Sequence[Any], kwargs: dict[str, Any], *, masks: bool) -> Batch | None:
@@ -100,50 +116,6 @@ class Entry:
             # such a model makes its decoder's inputs from the labels
             decoder_mask = labels != -100 if isinstance(labels, torch.Tensor) and labels.dim() == 2 else None
         return {"mask": keep_mask(mask), "decoder_mask": keep_mask(decoder_mask)}
-
-    def _prompts(
-        self,
-        batch: Batch,
-        prompt_mask: torch.Tensor | None,
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
-        *,
-        training: bool,
-    ) -> tuple[Batch, dict[str, Any]]:
-        """The batch with its prompts marked, and what the context is to be told of them.
-
-        Raises:
-            ValueError: prompts cannot be told from answers, or several are packed into a row.
-        """
-        kwargs = self._named(args, kwargs)
-        context, labels = self.tuner.context, kwargs.get("labels")
-        cache, anew = kwargs.get("past_key_values"), prompt_mask is not None
-        if prompt_mask is not None:
-            states = kwargs.get("encoder_outputs")
-            check_prompt_mask(prompt_mask, batch.rows, batch.tokens if states is None else states[0].shape[1])
-        elif context.open:
-            prompt_mask = _part_of(context.prompt_mask, batch, context.prompt.to_come)
-        if self.method == "generate":
-            if batch.mask is not None and batch.tokens is not None:  # with a static cache, forwards get no such mask
-                seen = batch.mask[:, -batch.tokens :]
-                prompt_mask = seen if prompt_mask is None else prompt_mask.bool() & seen
-            to_come = _tokens_to_read(batch, cache, self.tuner.is_encoder_decoder)
-            return batch, {"prompt": Prompt(to_come), "prompt_mask": prompt_mask}
-        if self.owner is self.tuner.model:
-            batch = self.tuner.mark_prompts(batch, prompt_mask, labels, kwargs, training=training)
-        elif prompt_mask is not None and context.open:  # an encoder, which has a batch of its own
-            batch = batch.with_prompt(prompt_mask)
-        goes_on = not context.open and not anew and labels is None and _length(cache) > 0
-        return batch, {"prompt": context.prompt_in(cache) if goes_on else None, "prompt_mask": prompt_mask}
-
-    def _keep_prompts(self, batch: Batch | None, outputs: Any) -> None:
-        """Note that prompts have been read, and keep what came of them with the cache that they are in."""
-        context = self.tuner.context
-        if self.method == "forward" and self.owner is self.tuner.model:
-            context.prompt.passed(0 if batch is None or batch.tokens is None else batch.tokens)
-        cache = getattr(outputs, "past_key_values", None)
-        if cache is not None:
-            context.keep_prompt_with(cache)
 
     def _named(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name."""
@@ -194,37 +166,3 @@ class Entry:
         for name in ("task_ids", "prompt_mask") if self.tuner.reads_prompts else ("task_ids",):
             parameters.insert(at, inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None))
         return signature.replace(parameters=parameters)
-
-
-def _tokens_to_read(batch: Batch, cache: Any, is_encoder_decoder: bool) -> int | None:
-    """How many tokens of a prompt `generate` hands to its model: those that are not in the cache already."""
-    if is_encoder_decoder or batch.tokens is None:
-        return None
-    past = _length(cache)
-    # the input is all of the text or its new part only; a mask is of all of it in either case
-    whole = batch.mask is None or batch.mask.shape[1] == batch.tokens
-    return batch.tokens - past if whole and past < batch.tokens else batch.tokens
-
-
-def _length(cache: Any) -> int:
-    """How many tokens a cache of keys and values has."""
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-
-
-def _part_of(mask: torch.Tensor | None, batch: Batch, to_come: int | None) -> torch.Tensor | None:
-    """Which tokens of a forward inside another call are the prompt; None if all are.
-
-    Args:
-        mask: the same for the whole call, if its caller has said so.
-        batch: of the forward.
-        to_come: how many tokens of the prompt are still to be read, at the end of which the forward may have more, such
-            as candidates for the answer; None if the call's first forward brings them all.
-    """
-    if to_come is None or batch.tokens is None or to_come <= 0:
-        return mask
-    if mask is None:
-        if batch.tokens <= to_come:
-            return None
-        mask = torch.ones(batch.rows, to_come, dtype=torch.bool, device=batch.device)
-    part = mask[:, mask.shape[1] - to_come :][:, : batch.tokens].bool()
-    return nn.functional.pad(part, (0, batch.tokens - part.shape[1]))

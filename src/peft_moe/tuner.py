@@ -57,6 +57,8 @@ class MoeTuner(BaseTuner):
     context: RoutingContext
     recording = False  # whether routers add up statistics
     reads_prompts = False  # whether routers look at whole prompts
+    is_causal = False  # whether the model makes text that goes on from its input
+    looked_at_labels = False  # whether labels have been seen to leave prompts
 
     @abstractmethod
     def build_router(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -22,14 +21,12 @@ from ..entry import Entry
 from ..folding import StateDict, WeightsAt, module_from
 from ..layer import MoeLinear, not_mergeable
 from ..routing import (
-    Batch,
     Control,
     GroupedGate,
     GroupedRouter,
     GroupWeights,
     View,
     plain,
-    prompt_before_labels,
 )
 from ..schedule import layer_of
 from ..token_routed import OF_ENCODER
@@ -48,7 +45,6 @@ class GroupedMoeModel(MoeTuner):
     """
 
     _experts: Sequence[Expert | None] | None = None  # while an adapter is being put in
-    _looked: bool = False  # whether labels have been seen to leave prompts
 
     # -- putting layers in --------------------------------------------------------------------------------------------
 
@@ -171,11 +167,11 @@ class GroupedMoeModel(MoeTuner):
     ) -> tuple[GroupedRouter, bool]:
         block = self._block_of(config, key)
         if block is None:
-            return self._new_router(config, key, in_features, owned=True), False
+            return self._new_router(config, key, in_features, name=f"{adapter_name}/{key}", owned=True), False
         shared = self._routers.setdefault(adapter_name, {})
         if block in shared:
             return shared[block], True
-        shared[block] = self._new_router(config, key, self._width(block))
+        shared[block] = self._new_router(config, key, self._width(block), name=f"{adapter_name}/{block}")
         return shared[block], False
 
     def _block_of(self, config: GroupedMoeConfig, key: str) -> str | None:
@@ -194,12 +190,13 @@ class GroupedMoeModel(MoeTuner):
         raise ValueError(f"Block {block!r} has no linear layer, whose input would say how much enters it.")
 
     def _new_router(
-        self, config: GroupedMoeConfig, key: str, in_features: int, *, owned: bool = False
+        self, config: GroupedMoeConfig, key: str, in_features: int, *, name: str, owned: bool = False
     ) -> GroupedRouter:
         in_decoder = self.is_encoder_decoder and "decoder" in key.split(".") and not OF_ENCODER.search(key)
         return new_router(
             config,
             in_features,
+            name=name,
             owned=owned,
             in_decoder=in_decoder,
             reads_encoder=config.router_input == "prompt" and self.is_encoder_decoder and "decoder" in key.split("."),
@@ -224,54 +221,6 @@ class GroupedMoeModel(MoeTuner):
     def wrap_checkpoints(self, block: nn.Module) -> None:
         """Let what a block runs again in backward be routed again."""
         keep_call_through_checkpointing(block, self.context)
-
-    def mark_prompts(
-        self,
-        batch: Batch,
-        prompt_mask: torch.Tensor | None,
-        labels: Any,
-        arguments: Mapping[str, Any],
-        *,
-        training: bool,
-    ) -> Batch:
-        """The batch with the tokens of its prompts marked.
-
-        Args:
-            batch: the batch.
-            prompt_mask: (n, s), as the caller has given it.
-            labels: of the call.
-            arguments: all arguments of the call, by name.
-            training: whether it is a training call.
-
-        Raises:
-            ValueError: prompts cannot be told from answers, or several are packed into a row.
-        """
-        if prompt_mask is not None:
-            return batch.with_prompt(prompt_mask)
-        if not self.is_causal:
-            return batch
-        if arguments.get("shift_labels") is not None:  # the label of each next token
-            labels = nn.functional.pad(arguments["shift_labels"], (1, 0), value=-100)[:, :-1]
-        if labels is None:
-            if training:
-                raise ValueError(
-                    "router_input='prompt' must not see answers in training, and without labels it cannot tell them "
-                    "from prompts; pass labels, or prompt_mask= (batch, tokens), true for the prompt. For losses that "
-                    "are computed outside of the model, router_input='token' needs neither."
-                )
-            return batch
-        refuse_packing(batch, arguments)
-        prompt = prompt_before_labels(labels, batch.mask)
-        if training and not self._looked and not torch.compiler.is_compiling():
-            self._looked = True  # once: looking waits for the device
-            if bool((prompt.sum(1) <= 1).all()):
-                warnings.warn(
-                    "Rows have labels from their first token on, so that no prompt is left and router_input='prompt' "
-                    "sees the first token only; give prompts the label -100, or use router_input='token'.",
-                    UserWarning,
-                    stacklevel=2,
-                )
-        return batch.with_prompt(prompt)
 
     # -- control and explanation --------------------------------------------------------------------------------------
 
@@ -437,6 +386,7 @@ def new_router(
     config: GroupedMoeConfig,
     in_features: int,
     *,
+    name: str = "",
     owned: bool = False,
     in_decoder: bool = False,
     reads_encoder: bool = False,
@@ -458,28 +408,13 @@ def new_router(
         gate=gate,
         groups=names,
         has_general=config.general_expert is not None,
+        name=name,
         per_prompt=config.router_input == "prompt",
         normalize=config.router_norm,
         reads_encoder=reads_encoder,
         owned=owned,
         in_decoder=in_decoder,
     )
-
-
-def refuse_packing(batch: Batch, arguments: Mapping[str, Any]) -> None:
-    """Raise a ValueError if rows hold several prompts, one after the other."""
-    packed = torch.tensor(arguments.get("cu_seq_lens_q") is not None)
-    positions = arguments.get("position_ids")
-    if batch.mask is None and isinstance(positions, torch.Tensor) and positions.dim() == 2:
-        packed = (positions[:, 1:] == 0).any()
-    message = (
-        "Rows hold several texts, packed one after the other, and router_input='prompt' has one decision for a row; "
-        "turn off packing and padding-free batches, or use router_input='token'."
-    )
-    if packed.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(~packed, message)  # does not wait for the device
-    elif packed:
-        raise ValueError(message)
 
 
 def check_expert(name: str, expert: Expert, modules: Mapping[str, nn.Module], base_model: str | None) -> None:

@@ -87,6 +87,8 @@ def _as_rows(mask: torch.Tensor, shape: torch.Size, device: torch.device) -> tor
 def check_prompt_mask(mask: Any, rows: int, tokens: int | None) -> None:
     """Raise a ValueError unless a mask of prompts fits a batch."""
     fits = isinstance(mask, torch.Tensor) and not mask.is_floating_point() and mask.shape == (rows, tokens)
+    if fits and mask.device.type == "cpu" and not torch.compiler.is_compiling() and not mask.any(1).all():
+        raise ValueError("prompt_mask leaves a row without a prompt; mark at least one token of each row.")
     if not fits:
         shape = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else f"type {type(mask).__name__}"
         raise ValueError(

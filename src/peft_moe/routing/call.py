@@ -46,6 +46,7 @@ class Call:
         prompt: what routers make of the rows' prompts; None outside of a call.
         prompt_done: whether it has none of the prompt's tokens.
         prompt_mask: which tokens are the prompt, if the caller has said so.
+        in_forward: a forward of the model is under way, and not only generate.
     """
 
     told: TaskIds | None = None
@@ -58,6 +59,7 @@ class Call:
     prompt: Prompt | None = None
     prompt_done: bool = False
     prompt_mask: torch.Tensor | None = None
+    in_forward: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -18,6 +17,9 @@ from .control import Control
 from .ledger import Ledger, OutsideScale
 from .prompt import Prompt
 from .tasks import Task, TaskIds, encode_tasks, list_tasks
+
+# Attribute of a cache of keys and values: the `Prompt` that it begins with.
+IN_CACHE = "_peft_moe_prompt"
 
 
 class RoutingContext:
@@ -43,15 +45,14 @@ class RoutingContext:
         self.outside = OutsideScale()
         self.last_ledger: Ledger | None = None
         self.controls: dict[str, Control] = {}  # by adapter, what a user has fixed
-        self._prompts: WeakKeyDictionary[Any, Prompt] = WeakKeyDictionary()  # by cache, of what it holds
         self._turn = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"_call": Call(), "_depth": 0, "last_ledger": None, "_prompts": None}
+        fresh = {"_call": Call(), "_depth": 0, "last_ledger": None}
         return {name: value for name, value in vars(self).items() if name != "_turn"} | fresh
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _turn=threading.RLock(), _prompts=WeakKeyDictionary())
+        vars(self).update(state, _turn=threading.RLock())
 
     def know(self, adapter: str, tasks: Tasks) -> None:
         """Take note of an adapter's tasks."""
@@ -94,6 +95,7 @@ class RoutingContext:
         counted: bool = True,
         prompt: Prompt | None = None,
         prompt_mask: torch.Tensor | None = None,
+        in_forward: bool = False,
     ) -> Iterator[Ledger | None]:
         """The span of one call. A call inside it inherits its ids unless it brings its own, and its prompts.
 
@@ -116,9 +118,11 @@ class RoutingContext:
                     prompt=prompt,
                     prompt_done=bool(prompt and prompt.done),
                     prompt_mask=prompt_mask if outermost else before.prompt_mask,
+                    in_forward=in_forward or (before.in_forward and not outermost),
                 )
             elif batch is not None:  # such as a step of generate, which may have repeated the rows
-                self._call = replace(before, batch=batch, prompt_done=bool(before.prompt and before.prompt.done))
+                done = bool(before.prompt and before.prompt.done)
+                self._call = replace(before, batch=batch, prompt_done=done, in_forward=in_forward or before.in_forward)
             self._depth += 1
             try:
                 yield self._call.ledger if outermost else None
@@ -163,17 +167,18 @@ class RoutingContext:
 
     def prompt_in(self, cache: Any) -> Prompt | None:
         """The prompts that a cache of keys and values began with; None if it is not known."""
-        try:
-            return self._prompts.get(cache)
-        except TypeError:  # nothing that could have been kept
-            return None
+        return getattr(cache, IN_CACHE, None)
 
-    def keep_prompt_with(self, cache: Any) -> None:
-        """Let calls that go on with a cache have the prompts of the current call."""
-        try:
-            self._prompts[cache] = self.prompt
-        except TypeError:  # a tuple, as old models return
-            return
+    def prompt_was_read(self, batch: Batch | None, cache: Any) -> None:
+        """A forward is over that may have read prompts; calls that go on with its cache have them too."""
+        self.prompt.passed(0 if batch is None or batch.tokens is None else batch.tokens)
+        if cache is not None and not isinstance(cache, tuple):  # as old models have
+            setattr(cache, IN_CACHE, self.prompt)  # with it, so that a copy of the cache has it too
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether a forward of the model is under way."""
+        return self._depth > 0 and self._call.in_forward
 
     @property
     def told(self) -> TaskIds | None:

@@ -49,6 +49,7 @@ class GroupedRouter(nn.Module):
         per_prompt: one decision for a row, from the mean over its prompt, instead of one for each token.
         normalize: divide each token's features by their root mean square, so that tokens count alike.
         reads_encoder: in a decoder, the prompt is what the encoder has read.
+        name: what it keeps its prompts under, beside those of other routers.
         owned: a linear layer alone has it, which reads its own input.
         in_decoder: the layer is in the decoder of an encoder-decoder model, whose padding is another.
     """
@@ -59,6 +60,7 @@ class GroupedRouter(nn.Module):
         gate: GroupedGate,
         groups: Mapping[str, Sequence[str]],
         has_general: bool,
+        name: str = "",
         per_prompt: bool = False,
         normalize: bool = True,
         reads_encoder: bool = False,
@@ -68,6 +70,7 @@ class GroupedRouter(nn.Module):
         super().__init__()
         self.gate = gate
         self.sizes = tuple(len(experts) for experts in groups.values())
+        self.name = name
         self.has_general, self.per_prompt, self.normalize = has_general, per_prompt, normalize
         self.reads_encoder, self.owned, self.in_decoder = reads_encoder, owned, in_decoder
         self._free = control_of(groups)
@@ -152,25 +155,25 @@ class GroupedRouter(nn.Module):
                 "router_input='prompt' needs to know the rows' prompts, and a part of the model was called by itself; "
                 "call the adapted model, or use router_input='token'."
             )
-        if view.prompt_done and self not in prompt.read:
-            raise RuntimeError(
-                "A call goes on with a cache whose prompt this adapter has not read, because another adapter or a "
-                "compiled call did; read the prompt again, in a call without the cache."
-            )
-        if prompt is not None and view.prompt_done and self in prompt.read:
-            control, mean, weights = prompt.read[self]
+        if view.prompt_done:
+            if self.name not in prompt.read:
+                raise RuntimeError(
+                    "A call goes on with a cache whose prompt this adapter has not read, because another did; read the "
+                    "prompt again, in a call without the cache."
+                )
+            control, mean, weights = prompt.read[self.name]
             return weights if control is view.control else self._combine(self._decide(mean, view.control))
         total, count = self._sum(e, view)
         keep = prompt if not view.again else None
         if keep is not None:
-            total, count = keep.add(self, total, count)
+            total, count = keep.add(self.name, total, count)
         mean = total / count.clamp_min(1)
         decision = self._decide(mean, view.control)
         if self.seen is not None:
             self.seen.append(decision)
         weights = self._combine(decision)
         if keep is not None:
-            keep.read[self] = view.control, mean.detach(), weights.detach()
+            keep.read[self.name] = view.control, mean.detach(), weights.detach()
         return weights
 
     def _scale(self, e: torch.Tensor) -> torch.Tensor | None:

@@ -6,7 +6,6 @@ Shapes: n rows · d features · E experts
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -20,16 +19,16 @@ class Prompt:
     Args:
         to_come: tokens that are still to be read in other forwards; None if the first forward brings them all.
         done: whether what comes now is no part of the prompt.
-        sums: by router, what it has added up: (n, d), and (n, 1) the number of tokens.
-        read: by router, what a user had fixed, the mean over the prompt (n, d), and the weights that came of it (n, E).
+        sums: by name of the router, what it has added up: (n, d), and (n, 1) the number of tokens.
+        read: the same, what a user had fixed, the mean over the prompt (n, d), and the weights that came of it (n, E).
     """
 
     to_come: int | None = None
     done: bool = False
-    sums: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    read: dict[Any, tuple[Control | None, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    read: dict[str, tuple[Control | None, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
-    def add(self, router: Any, total: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def add(self, router: str, total: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add what a router has read; returns sum and count of the prompt so far."""
         if router in self.sums:
             before, tokens = self.sums[router]
