@@ -521,3 +521,16 @@ def test_a_loss_that_leaves_padding_out_is_refused_where_padding_cannot_be_told(
         ValueError, match=r"leave padding out, and the inputs of 'experts\.0' are tokens picked from all"
     ):
         get_peft_model(inside, config)
+
+
+def test_groups_find_their_experts_again_after_saving_which_sorts_their_names(tmp_path):
+    groups = {"tasks": ["a", "b"], "expert_groups": {"z": ["a"], "m": ["b"]}}
+    config = MoLoraConfig(
+        task_type="CAUSAL_LM", num_experts=4, balance_loss="localized", target_modules=["up_proj"], **groups
+    )
+    model = get_peft_model(make_model("llama"), config)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model("llama"), tmp_path)
+    before, after = ([router.matches for _, router in m.base_model.routers()] for m in (model, loaded))
+    for one, other in zip(before, after, strict=True):
+        assert torch.equal(one, other)

@@ -111,6 +111,16 @@ def test_answers_have_no_say_and_every_token_of_the_prompt_has(arch, training, f
         assert ((decided(model, other) - said).abs().amax(1)[[0, 2]] > 1e-5).all()
 
 
+def test_what_comes_after_the_first_label_is_no_prompt(folder):
+    """Such as the questions of later turns, which have no labels."""
+    model, inputs = by_prompt("llama", folder), answered("llama", prompt=2, seq=6)
+    expected = decided(model, inputs)
+    inputs["labels"][:, 4:] = -100
+    assert torch.equal(decided(model, inputs), expected)
+    inputs["input_ids"][:, 4:] += 1
+    assert torch.equal(decided(model, inputs), expected)
+
+
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "opt", "t5", "bert", "vit"])
 def test_a_router_reads_the_mean_over_the_prompt_and_all_layers_of_its_block_get_the_same(arch, folder):
     model, inputs = by_prompt(arch, folder), answered(arch, prompt=3)

@@ -17,7 +17,7 @@ from torch import nn
 from .directory import adapter_directory
 from .grouped import GroupedMoeConfig, read_expert
 from .grouped.config import check_groups
-from .grouped.model import check_expert
+from .grouped.fit import check_expert
 from .grouped.sources import Expert, check_source, read_loaded
 from .tuner import modules_outside_adapters
 

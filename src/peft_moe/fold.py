@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 from .directory import adapter_directory
 from .folding import StateDict, WeightsAt, fold_banks
 from .grouped.config import GroupedMoeConfig
-from .grouped.model import fixed_weights
+from .grouped.routers import fixed_weights
 from .moelora.config import MoeLoraConfig
 from .moelora.model import weights_of_task
 from .routing import Control

@@ -34,7 +34,7 @@ class TokenRoutedConfig(MoeConfig):
             task loss has.
         balance_coefficient: weight of a loss that is only named.
         expert_groups: for the localized loss, groups of tasks: `{"general": ["chat"], "medical": ["icd", "rad"]}`. The
-            experts of a layer are split evenly over the groups, in this order.
+            experts of a layer are split evenly over the groups, in alphabetical order.
         localized_delta: δ of the localized loss: how much more the experts of a row's group are to get.
     """
 
@@ -67,7 +67,8 @@ class TokenRoutedConfig(MoeConfig):
         if groups is not None:
             if not isinstance(groups, dict) or not all(isinstance(tasks, (list, tuple)) for tasks in groups.values()):
                 raise ValueError(f"expert_groups={groups!r}; give {{'group': ['task', ...], ...}}.")
-            self.expert_groups = groups = {group: list(tasks) for group, tasks in groups.items()}
+            # sorted, as peft writes them: experts go to groups by position, and have to find theirs again when loaded
+            self.expert_groups = groups = {group: list(tasks) for group, tasks in sorted(groups.items())}
             in_groups = [task for tasks in groups.values() for task in tasks]
             wrong = sorted({t for t in in_groups if t not in self.task_names or in_groups.count(t) > 1})
             missing = [t for t in self.task_names if t not in in_groups]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,11 +16,9 @@ from ..bank import ExpertBank
 from ..blocks import BlockEntry
 from ..checkpointing import keep_call_through_checkpointing
 from ..entry import Entry
-from ..folding import StateDict, WeightsAt, module_from
 from ..layer import MoeLinear, not_mergeable
 from ..routing import (
     Control,
-    GroupedGate,
     GroupedRouter,
     GroupWeights,
     View,
@@ -33,9 +29,9 @@ from ..token_routed import OF_ENCODER
 from ..tuner import IN_BASE_EXPERTS, SEQUENCE_FIRST, MoeTuner, modules_outside_adapters
 from .config import GroupedMoeConfig
 from .explain import Explanation
+from .fit import check_expert
+from .routers import new_router
 from .sources import Expert, read_expert
-
-ROUTER = re.compile(r"^base_model\.model\.(?P<key>.+)\.moelora_router\.(?=gate\.)")
 
 
 class GroupedMoeModel(MoeTuner):
@@ -380,102 +376,3 @@ class GroupedMoeModel(MoeTuner):
         if self.is_encoder_decoder:
             Entry.remove(cast(Any, model).get_encoder(), "forward")
         return model
-
-
-def new_router(
-    config: GroupedMoeConfig,
-    in_features: int,
-    *,
-    name: str = "",
-    owned: bool = False,
-    in_decoder: bool = False,
-    reads_encoder: bool = False,
-) -> GroupedRouter:
-    """A router with new weights, for what has so many features."""
-    names = config.names
-    gate = GroupedGate(
-        in_features=in_features,
-        num_groups=0 if config.flat_routing or len(names) == 1 else len(names),
-        num_experts=sum(map(len, names.values())),
-        static=config.within_group == "static",
-        group_temperature=config.group_temperature,
-        expert_temperature=config.expert_temperature,
-        mix=config.start_mix,
-        learn_mix=config.learn_mix,
-    )
-    gate.reset_parameters(even=config.init_lora_weights is not False)
-    return GroupedRouter(
-        gate=gate,
-        groups=names,
-        has_general=config.general_expert is not None,
-        name=name,
-        per_prompt=config.router_input == "prompt",
-        normalize=config.router_norm,
-        reads_encoder=reads_encoder,
-        owned=owned,
-        in_decoder=in_decoder,
-    )
-
-
-def check_expert(name: str, expert: Expert, modules: Mapping[str, nn.Module], base_model: str | None) -> None:
-    """Raise a ValueError if an expert does not belong to a model with these modules.
-
-    Args:
-        name: what errors call it.
-        expert: the expert.
-        modules: the model's, by name.
-        base_model: the model's name, to be compared by its last part, since one may be a folder and one a Hub id; None
-            for no comparison.
-    """
-    ours, theirs = (str(path).rstrip("/").split("/")[-1] if path else "" for path in (base_model, expert.base_model))
-    if ours and theirs and ours != theirs:
-        raise ValueError(
-            f"{name} was trained on {expert.base_model!r}, and the base model is {base_model!r}; if they are the same, "
-            "set check_base_model=False."
-        )
-    for key, lora in expert.layers.items():
-        module = modules.get(key)
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if base is None:
-            raise ValueError(
-                f"{name} adapts {key!r}, which the base model does not have; it is of another base model, or of "
-                "another class of it."
-            )
-        shape = (
-            _get_in_out_features(base)
-            if isinstance(base, (nn.Linear, Conv1D)) or hasattr(base, "in_features")
-            else None
-        )
-        if shape != (lora.a.shape[1], lora.b.shape[0]):
-            raise ValueError(
-                f"{name} adapts {key!r} from {lora.a.shape[1]} to {lora.b.shape[0]} features, and in the base model "
-                f"that is a {type(base).__name__} of {shape or 'no such sizes'}; it is of another base model."
-            )
-
-
-def fixed_weights(config: GroupedMoeConfig, state_dict: StateDict, control: Control | None) -> WeightsAt:
-    """The weights of a saved adapter's experts by module, if no input has a say in them.
-
-    Raises:
-        ValueError: something depends on the input; the message says what.
-    """
-    routers: dict[str, GroupedRouter] = {}
-    for match in filter(None, map(ROUTER.match, state_dict)):
-        gate = {k: v for k, v in state_dict.items() if k.startswith(match[0])}
-        in_features = next((v.shape[1] for k, v in gate.items() if k.endswith("gate.weight")), 1)
-        routers[match["key"]] = module_from(partial(new_router, config, in_features), gate, match[0])
-    for router in routers.values():
-        if free := router.free_choices(control):
-            raise ValueError(
-                f"Weights cannot be folded while {', '.join(free)} depend on the input; fix them: routing= with the "
-                "arguments of model.set_group_weights."
-            )
-
-    def weights_at(key: str) -> torch.Tensor | None:
-        # one of its own, or that of its block, which another of its layers holds
-        of_block = [k for k in routers if layer_of(k) == layer_of(key)]
-        of_block.sort(key=lambda k: bool(OF_ENCODER.search(k) or IN_BASE_EXPERTS.search(k)))
-        with torch.no_grad():
-            return routers[key if key in routers else of_block[0]].constant(control)
-
-    return weights_at
