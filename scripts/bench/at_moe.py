@@ -5,16 +5,20 @@
     python scripts/train_experts.py recipes/at_moe.yaml
     python scripts/bench/at_moe.py --output docs/at_moe.json
 
-Routers that are there already are not trained again. Every system is scored on the composite test rows, and on the
+Routers that are there already are not trained again, nor what has been scored scored again; two calls, with --part
+untrained and --part trained, share the work between two cores (OMP_NUM_THREADS=1), and a last one shows it all. Every system is scored on the composite test rows, and on the
 first 20 test rows of each single task of MedMulti mini. The best single experts are chosen on the composite dev rows.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -48,20 +52,19 @@ def main(argv: list[str]) -> None:
     """Train what is missing, score, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file for the scores")
-    parser.add_argument("--train-only", action="store_true", help="leave the scores for another call")
-    parser.add_argument("--only", nargs="+", choices=TRAINED, help="train these alone")
+    parser.add_argument("--part", choices=["untrained", "trained"], help="do one part of the work")
     args = parser.parse_args(argv)
     os.chdir(ROOT)  # the recipe's paths start here
-    for name in args.only or TRAINED:
-        train(*TRAINED[name])
-    if args.train_only:
-        return
     composite, single = read_rows(settings["dataset"], "test"), take_per_task(read_rows(SINGLES, "test"), 20)
-    scores = score_untrained(composite, single)
-    for name, (out, _) in TRAINED.items():
-        model = PeftModel.from_pretrained(base_model(), out)
-        scores[name] = {"composite": score(model, composite), "single": score(model, single)}
-        report(name, scores[name])
+    scores = {}
+    if args.part != "trained":
+        scores |= score_untrained(composite, single)
+    if args.part != "untrained":
+        for name, (out, changes) in TRAINED.items():
+            train(out, changes)
+            scores[name] = once(name, partial(score_trained, out, composite, single))
+    if args.part:
+        return
     if args.output:
         content = {"recipe": settings, "trained": TRAINED, "scores": scores}
         args.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -80,6 +83,25 @@ def train(out: str, changes: dict[str, object]) -> None:
     subprocess.run([sys.executable, "scripts/train.py", str(path)], check=True)
 
 
+def once(name: str, make: Callable[[], dict[str, Results]]) -> dict[str, Results]:
+    """What has been scored under a name, or is now."""
+    path = Path(f"{OUT}-scores", re.sub(r"\W+", "-", name) + ".json")
+    if not path.exists():
+        results = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results), encoding="utf-8")
+    results = json.loads(path.read_text(encoding="utf-8"))
+    means = ", ".join(f"{rows} {result['mean']['score']:.3f}" for rows, result in results.items())
+    print(f"{time.strftime('%H:%M:%S')} {name}: {means}", flush=True)
+    return results
+
+
+def score_trained(out: str, composite: Dataset, single: Dataset) -> dict[str, Results]:
+    """A saved adapter."""
+    model = PeftModel.from_pretrained(base_model(), out)
+    return {"composite": score(model, composite), "single": score(model, single)}
+
+
 def score_untrained(composite: Dataset, single: Dataset) -> dict[str, dict[str, Results]]:
     """The base model and what needs no router: the general expert, single experts, and all of them evenly."""
     fields = {name: settings[name] for name in ("groups", "general_expert")}
@@ -87,8 +109,7 @@ def score_untrained(composite: Dataset, single: Dataset) -> dict[str, dict[str, 
     scores = {}
 
     def add(name: str) -> None:
-        scores[name] = {"composite": score(model, composite), "single": score(model, single)}
-        report(name, scores[name])
+        scores[name] = once(name, lambda: {"composite": score(model, composite), "single": score(model, single)})
 
     with model.disable_adapter():
         add("base model")
@@ -101,13 +122,13 @@ def score_untrained(composite: Dataset, single: Dataset) -> dict[str, dict[str, 
     for group, experts in settings["groups"].items():
         for expert in experts:
             with model.routing({group: {expert: 1.0}}, group_weights={group: 1.0}, mix=1):
-                alone[group, expert] = score(model, dev)
-            report(f"dev: {expert} alone", {"composite": alone[group, expert]})
+                results = once(f"dev: {expert} alone", lambda: {"composite": score(model, dev)})
+            alone[group, expert] = results["composite"]
     best = max(alone, key=lambda key: alone[key]["mean"]["score"])
     with model.routing({best[0]: {best[1]: 1.0}}, group_weights={best[0]: 1.0}, mix=1):
         add(f"best single expert ({best[1]})")
-    scores["best expert of each pair"] = {"composite": best_of_pairs(model, composite, alone)}
-    report("best expert of each pair", scores["best expert of each pair"])
+    name = "best expert of each pair"
+    scores[name] = once(name, lambda: {"composite": best_of_pairs(model, composite, alone)})
     return scores
 
 
@@ -139,12 +160,6 @@ def score(model: PeftModel, rows: Dataset) -> Results:
     tokenizer = AutoTokenizer.from_pretrained(settings["model_name_or_path"])
     sizes = {"batch_size": settings["per_device_eval_batch_size"], "max_new_tokens": settings["max_new_tokens"]}
     return evaluate_tasks(model, tokenizer, rows, info, progress=False, **sizes)
-
-
-def report(name: str, results: dict[str, Results]) -> None:
-    """A line as soon as something is known."""
-    means = ", ".join(f"{rows} {result['mean']['score']:.3f}" for rows, result in results.items())
-    print(f"{time.strftime('%H:%M:%S')} {name}: {means}", flush=True)
 
 
 if __name__ == "__main__":
