@@ -657,6 +657,28 @@ def test_experts_are_exact_copies_of_their_sources_or_of_the_type_of_the_base(of
                 assert torch.equal(tensor, expected)
 
 
+@pytest.mark.parametrize("widen", [True, False])
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_a_half_precision_adapter_is_widened_when_it_is_loaded(low_cpu_mem_usage, widen, folder, tmp_path):
+    base = make_model("llama").bfloat16()
+    model = get_peft_model(base, grouped_config("llama", folder), autocast_adapter_dtype=False)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    loaded = PeftModel.from_pretrained(
+        make_model("llama").bfloat16(),
+        tmp_path,
+        autocast_adapter_dtype=widen,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+        is_trainable=True,
+    )
+    found = {key.replace(".default", ""): value for key, value in loaded.state_dict().items() if "moelora_" in key}
+    assert found.keys() == saved.keys()
+    for key, value in found.items():
+        assert value.dtype == (torch.float32 if widen else torch.bfloat16), key
+        assert torch.equal(value.bfloat16(), saved[key])
+
+
 @pytest.mark.parametrize("router_input", INPUTS)
 def test_autocast_trains_every_router(router_input, folder):
     model = grouped("llama", folder, router_input=router_input, learn_mix=True).train()
@@ -882,22 +904,39 @@ def test_a_saved_config_without_its_weights_is_an_error_that_says_how_to_load(fo
             model(**make_inputs("llama"))
 
 
-def test_a_config_stays_as_it_was_and_can_be_used_again(folder):
+def test_a_config_can_be_used_again(folder):
     config, inputs = grouped_config("llama", folder), make_inputs("llama")
-    before = copy.deepcopy(config)
     found = []
     for _ in range(2):
         torch.manual_seed(0)
         model = get_peft_model(make_model("llama"), config)
+        assert model.peft_config["default"] is config  # as in peft, whose classes for tasks go on to change it
         found.append(logits(model.eval(), inputs))
-        assert config == before
-        assert config.expert_layout is None
     assert torch.equal(*found)
     torch.manual_seed(0)
     model.add_adapter("second", config)
     model.set_adapter("second")
     assert torch.equal(logits(model, inputs), found[0])
+
+
+def test_a_config_that_cannot_be_read_again_still_belongs_to_its_adapter(tmp_path):
+    model = grouped("llama", tmp_path)
+    config = model.peft_config["default"]
+    before = copy.deepcopy(config)
+    shutil.rmtree(tmp_path)
+    with pytest.raises(FileNotFoundError, match="Expert f/a"):
+        get_peft_model(make_model("llama"), config)
     assert config == before
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS"])
+def test_heads_that_peft_adds_for_a_task_are_saved(task_type, tmp_path):
+    config = GroupedMoeConfig(task_type=task_type, groups={"a": ["x", "y"]}, train_experts=True)
+    model = get_peft_model(make_model("bert"), config)
+    model.base_model.model.classifier.modules_to_save["default"].weight.data.fill_(0.5)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model("bert"), tmp_path)
+    assert (loaded.base_model.model.classifier.modules_to_save["default"].weight == 0.5).all()
 
 
 def test_a_layer_outside_of_blocks_has_a_router_of_its_own(tmp_path):

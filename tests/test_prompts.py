@@ -1,6 +1,7 @@
 """Routing by prompt: what a prompt is in training, and that generation keeps to it."""
 
 import copy
+import pickle
 from contextlib import contextmanager
 
 import pytest
@@ -234,6 +235,15 @@ def test_a_prompt_mask_that_does_not_fit_is_an_error(mask, folder):
             call(**inputs, prompt_mask=mask)
 
 
+def test_a_row_without_a_prompt_is_an_error(folder):
+    model, inputs = by_prompt("llama", folder), make_inputs("llama", labels=False)
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[1] = False
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="prompt_mask leaves a row without a prompt; mark at least one token of"):
+            call(**inputs, prompt_mask=mask)
+
+
 PACKED = torch.tensor([[0, 1, 2, 0, 1]] * 3)
 MANY = {
     "positions": {"position_ids": PACKED},
@@ -241,20 +251,35 @@ MANY = {
 }
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("told", ["labels", "prompt_mask", "neither", "attention_mask"])
 @pytest.mark.parametrize("packed", MANY.values(), ids=MANY)
-def test_packed_rows_are_refused_with_the_remedy(packed, training, folder):
-    model, inputs = by_prompt("llama", folder).train(training), answered("llama")
-    del inputs["attention_mask"]
-    with pytest.raises(ValueError, match=r"packed one after the other.*turn off packing.*or use router_input='token'"):
-        model(**inputs, **packed)
+def test_packed_rows_are_refused_with_the_remedy(packed, told, folder):
+    model, inputs = by_prompt("llama", folder), answered("llama")
+    if told != "attention_mask":
+        del inputs["attention_mask"]
+    if told in ("prompt_mask", "neither"):
+        prompt = inputs.pop("labels") == -100
+        inputs |= {"prompt_mask": prompt} if told == "prompt_mask" else {}
+    for training in (True, False) if told != "neither" else (False,):
+        with pytest.raises(ValueError, match=r"packed one after the other.*turn off packing.*use router_input='token'"):
+            model.train(training)(**inputs, **packed)
     model(**inputs, position_ids=torch.arange(5).expand(3, 5))  # one text to a row
 
 
-def test_positions_of_padding_are_no_packing(folder):
-    model, inputs = by_prompt("llama", folder), answered("llama", prompt=4)
-    inputs["attention_mask"][:, :2] = 0
-    model.train()(**inputs, position_ids=torch.tensor([[1, 1, 0, 1, 2]] * 3))
+PADDED = {  # attention mask and positions
+    "left": ([0, 0, 1, 1, 1], [1, 1, 0, 1, 2]),
+    "left, all 0": ([0, 0, 1, 1, 1], [0, 0, 0, 1, 2]),
+    "right": ([1, 1, 1, 0, 0], [0, 1, 2, 0, 0]),
+    "right, counted": ([1, 1, 1, 0, 0], [0, 1, 2, 2, 2]),
+}
+
+
+@pytest.mark.parametrize(("mask", "positions"), PADDED.values(), ids=PADDED)
+def test_positions_of_padding_are_no_packing(mask, positions, folder):
+    model, inputs = by_prompt("llama", folder), make_inputs("llama")
+    inputs["attention_mask"][:] = torch.tensor(mask)
+    inputs["labels"] = torch.where(torch.tensor(positions) == 2, inputs["input_ids"], -100)
+    model.train()(**inputs, position_ids=torch.tensor([positions] * 3))
 
 
 @pytest.mark.parametrize("batch_size", [2, 6])
@@ -430,6 +455,15 @@ def test_assisted_decoding_gives_what_greedy_decoding_gives(assistant, folder):
     close(generated(model, prompt, **helped)[1], generated(model, prompt)[1])
 
 
+@pytest.mark.parametrize("variant", CACHES, ids=str)
+def test_padding_is_known_without_a_mask_where_generate_knows_it(variant, folder):
+    model, inputs = by_prompt("llama", folder), left_padded()
+    expected = generated(model, inputs)
+    found = generated(model, {"input_ids": inputs["input_ids"]}, **variant)
+    close(found[1], expected[1])
+    assert torch.equal(found[0], expected[0])
+
+
 def test_embeddings_for_token_ids_are_the_same_prompt(folder):
     model, inputs = by_prompt("llama", folder), left_padded()
     expected = model.generate(**inputs, **GREEDY)[:, 5:]
@@ -480,6 +514,45 @@ def test_decoding_by_hand_keeps_to_the_prompt_that_the_cache_began_with(arch, gr
         model, {"input_ids": ids[:, :3]}, past_key_values=DynamicCache(), use_cache=True, prompt_mask=prompt[:, :3]
     )
     close(again, expected[:, :3])
+
+
+AGAIN = {  # what is done with a cache before it is used again
+    "copied": copy.deepcopy,
+    "copied by pickle": lambda cache: pickle.loads(pickle.dumps(cache)),
+    "as a tuple's part": lambda cache: cache,
+}
+
+
+@pytest.mark.parametrize("how", AGAIN)
+def test_a_prompt_stays_with_its_cache(how, folder):
+    model, ids = by_prompt("llama", folder), make_inputs("llama", batch=2, seq=6)["input_ids"]
+    expected = logits(model, {"input_ids": ids}, prompt_mask=(torch.arange(6) < 3).expand(2, 6))
+    with torch.no_grad():
+        if how == "as a tuple's part":
+            cache = model(input_ids=ids[:, :3], use_cache=True, return_dict=False)[-1]
+        else:
+            cache = model(input_ids=ids[:, :3], use_cache=True).past_key_values
+    logits(model, {"input_ids": ids.flip(0)})
+    for _ in range(2):  # as prefixes of several texts are used
+        twin = AGAIN[how](cache)
+        close(logits(model, {"input_ids": ids[:, 3:]}, past_key_values=twin), expected[:, 3:])
+        if twin is cache:
+            break
+
+
+@pytest.mark.parametrize("of", ["the base model", "another model"])
+def test_a_cache_whose_prompt_is_not_known_is_an_error_that_says_the_remedy(of, folder):
+    model, ids = by_prompt("llama", folder), make_inputs("llama", batch=2, seq=6)["input_ids"]
+    with torch.no_grad():
+        if of == "the base model":
+            with model.disable_adapter():
+                cache = model(input_ids=ids[:, :3], use_cache=True).past_key_values
+        else:
+            cache = make_model("llama")(input_ids=ids[:, :3], use_cache=True).past_key_values
+    rest = {"input_ids": ids[:, 3:], "past_key_values": cache}
+    with pytest.raises(ValueError, match=r"A cache of 3 tokens.*does not know the prompt.*say with prompt_mask= which"):
+        model(**rest)
+    model(**rest, prompt_mask=torch.ones(2, 3, dtype=torch.bool))
 
 
 def test_a_prompt_mask_with_a_cache_reads_anew(folder):
@@ -613,12 +686,11 @@ def small(tmp_path):
     return get_peft_model(make_model("llama"), GroupedMoeConfig(task_type="CAUSAL_LM", **fields)).eval()
 
 
-def test_compiled_blocks_keep_to_the_weights_of_the_prompt(tmp_path):
+def test_a_compiled_block_keeps_to_the_weights_of_the_prompt(tmp_path):
     """As accelerate's regional compilation has it."""
     model = small(tmp_path)
     expected = [by_full_forwards(model, "llama", inputs) for inputs in (left_padded(), left_padded(seed=1))]
-    for block in model.get_base_model().model.layers:
-        block.compile(backend="aot_eager", fullgraph=True)
+    model.get_base_model().model.layers[0].compile(backend="aot_eager", fullgraph=True)
     for inputs, (ids, scores) in zip((left_padded(), left_padded(seed=1)), expected, strict=True):
         found = generated(model, inputs)
         close(found[1], scores)

@@ -5,9 +5,10 @@
     python scripts/train_experts.py recipes/at_moe.yaml
     python scripts/bench/at_moe.py --output docs/at_moe.json
 
-Routers that are there already are not trained again, nor what has been scored scored again; two calls, with --part
-untrained and --part trained, share the work between two cores (OMP_NUM_THREADS=1), and a last one shows it all. Every system is scored on the composite test rows, and on the
-first 20 test rows of each single task of MedMulti mini. The best single experts are chosen on the composite dev rows.
+Routers that are there already are not trained again, nor is what has been scored scored again; two calls with --part
+untrained and --part trained share the work between two cores (OMP_NUM_THREADS=1), and a last one shows it all. Every
+system is scored on the composite test rows, and on the first 20 test rows of each single task of MedMulti mini. The
+best single experts are chosen on the composite dev rows.
 """
 
 import argparse

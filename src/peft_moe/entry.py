@@ -95,7 +95,7 @@ class Entry:
             else:
                 outputs = getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
             if prompts and first:
-                context.prompt_was_read(batch, getattr(outputs, "past_key_values", None))
+                context.prompt_was_read(batch, _cache_in(outputs))
             return outputs if ledger is None else self._settle(ledger, outputs, kwargs)
 
     def _batch(self, args: Sequence[Any], kwargs: dict[str, Any], *, masks: bool) -> Batch | None:
@@ -166,3 +166,10 @@ class Entry:
         for name in ("task_ids", "prompt_mask") if self.tuner.reads_prompts else ("task_ids",):
             parameters.insert(at, inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None))
         return signature.replace(parameters=parameters)
+
+
+def _cache_in(outputs: Any) -> Any:
+    """The cache of keys and values in what a model returns; None if there is none."""
+    if isinstance(outputs, tuple):  # with return_dict=False
+        return next((part for part in outputs if hasattr(part, "get_seq_length")), None)
+    return getattr(outputs, "past_key_values", None)

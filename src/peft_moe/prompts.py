@@ -138,7 +138,7 @@ def refuse_packing(batch: Batch, arguments: Mapping[str, Any]) -> None:
     if isinstance(positions, torch.Tensor) and positions.dim() == 2 and positions.shape[1] > 1:
         again = positions[:, 1:] == 0
         if batch.mask is not None and batch.mask.shape == positions.shape:
-            again = again & batch.mask[:, :-1]  # behind padding a text begins
+            again = again & batch.mask[:, :-1] & batch.mask[:, 1:]  # padding has any, and behind it a text begins
         packed = again.any()
         if packed.device.type != "cpu" or torch.compiler.is_compiling():
             torch._assert_async(~packed, message)  # does not wait for the device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ..config import Experts, MoeConfig, PeftMoeType, check_count, check_flag, check_fraction
@@ -83,6 +83,7 @@ class GroupedMoeConfig(MoeConfig):
     expert_order: list[str] | None = None
 
     def __post_init__(self) -> None:
+        self._given: dict[str, Any] | None = None  # no field: it is not saved
         self.groups = in_order(check_groups(self.groups), self.expert_order)
         self.expert_order = [f"{group}/{name}" for group, names in self.names.items() for name in names]
         self.general_expert = check_source("The general expert", self.general_expert)
@@ -206,14 +207,35 @@ class GroupedMoeConfig(MoeConfig):
             raise ValueError("The config holds experts that are in memory; make the adapter first, and save that.")
         return dict(super().to_dict())
 
-    def resolve_layers(self, keys: Sequence[str], targets: Sequence[str]) -> None:
+    def check_layout(self, keys: Sequence[str]) -> None:
+        """Raise a ValueError unless the adapter has experts for just the modules at `keys`."""
         known = {key for entry in self.expert_layout or () for key in entry["modules"]}
-        if known and known != set(targets):
-            strangers = sorted(known ^ set(targets))
+        if known != set(keys):
             raise ValueError(
-                f"The adapter has experts for {len(known)} modules and the model has {len(targets)} of such names; "
-                f"they differ in {strangers[0]!r}. It was made for another base model, or for another class of it."
+                f"The adapter has experts for {len(known)} modules and the model has {len(keys)} of such names; "
+                f"they differ in {sorted(known ^ set(keys))[0]!r}. It was made for another base model, or for another "
+                "class of it."
             )
+
+    @property
+    def is_new(self) -> bool:
+        """Whether sources are to be read: not for the config of a saved adapter."""
+        return self.expert_layout is None or self._given is not None
+
+    @property
+    def as_given(self) -> GroupedMoeConfig:
+        """The config as it was before what was read was noted in it, so that it can make another adapter."""
+        return self if self._given is None else replace(self, **self._given)
+
+    def note_origins(self, origins: Mapping[str, Any]) -> None:
+        """Put what has been read, by name as in `sources`, in the place of the sources."""
+        if self._given is None:
+            fields = ("groups", "general_expert", "target_modules")
+            self._given = {name: getattr(self, name) for name in fields} | {"expert_layout": None}
+        self.groups = {
+            group: {name: origins[f"{group}/{name}"] for name in part} for group, part in self.groups.items()
+        }
+        self.general_expert = origins.get(GENERAL)
 
 
 def in_order(groups: dict[str, dict[str, Any]], order: Sequence[str] | None) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -53,8 +52,6 @@ class GroupedMoeModel(MoeTuner):
         self.is_causal = bool(callable(generates) and generates()) and not self.is_encoder_decoder
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # What is read goes into a copy: the user's own config can make another adapter from the same sources.
-        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
@@ -73,30 +70,26 @@ class GroupedMoeModel(MoeTuner):
         return cast(GroupedMoeConfig, self.peft_config[adapter_name])
 
     def _prepare_adapter_config(self, peft_config: GroupedMoeConfig, model_config: dict[str, Any]) -> GroupedMoeConfig:
-        if peft_config.expert_layout is None:  # a saved adapter brings its experts, and its sources may be gone
+        if peft_config.is_new:  # a saved adapter brings its experts, and its sources may be gone
             self._read_experts(peft_config)
         return cast(GroupedMoeConfig, super()._prepare_adapter_config(peft_config, model_config))
 
     def _read_experts(self, config: GroupedMoeConfig) -> None:
         """Read all sources and compare them with the model."""
-        self._experts = [
-            None if source is None else read_expert(source, name=f"Expert {name}")
-            for name, source in config.sources.items()
-        ]
-        named = dict(zip(config.sources, self._experts, strict=True))
+        given = config.as_given
+        named = {
+            name: None if source is None else read_expert(source, name=f"Expert {name}")
+            for name, source in given.sources.items()
+        }
         modules = dict(modules_outside_adapters(self.model))
         base = config.base_model_name_or_path or getattr(self.model, "name_or_path", None)
         for name, expert in named.items():
             if expert:
                 check_expert(f"Expert {name}", expert, modules, base if config.check_base_model else None)
-        config.groups = {
-            group: {name: expert.origin if (expert := named[f"{group}/{name}"]) else None for name in experts}
-            for group, experts in config.groups.items()
-        }
-        if expert := named.get("general_expert"):
-            config.general_expert = expert.origin
+        self._experts = list(named.values())
+        config.note_origins({name: expert.origin if expert else None for name, expert in named.items()})
         adapted = {key for expert in self._experts if expert for key in expert.layers}
-        if config.target_modules is None and adapted:
+        if given.target_modules is None and adapted:
             config.target_modules = sorted(adapted)
 
     def check_routing(self, config: GroupedMoeConfig, keys: list[str]) -> None:
@@ -108,6 +101,8 @@ class GroupedMoeModel(MoeTuner):
                     "of them would be lost; let these fields cover it."
                 )
             config.lay_out(self._experts, keys)
+        else:
+            config.check_layout(keys)
         if config.router_input != "prompt":
             return
         model_type = self.get_model_config(self.model).get("model_type")
