@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from peft_moe import GroupedMoeConfig, MoLoraConfig
 from peft_moe.blocks import BlockEntry
+from peft_moe.layer import MoeLinear
 
 CAUSAL = ["llama", "gpt2", "opt"]
 INPUTS = ["token", "prompt"]
@@ -1153,3 +1154,19 @@ def test_disabling_and_unloading_give_back_the_base_model(arch, router_input, fo
     assert not routed_layers(unloaded)
     assert not [key for key, module in unloaded.named_modules() if "forward" in vars(module)]
     assert {key: set(vars(module)) for key, module in unloaded.named_modules()} == before
+
+
+def test_a_second_adapter_of_a_loaded_one_has_its_experts(tmp_path):
+    """As TRL's preference trainers make one for reference: from the config, with the parameters copied."""
+    grouped("llama", tmp_path / "sources", seed=1).save_pretrained(tmp_path / "adapter")
+    shutil.rmtree(tmp_path / "sources")
+    model, inputs = PeftModel.from_pretrained(make_model("llama"), tmp_path / "adapter").eval(), make_inputs("llama")
+    expected = logits(model, inputs)
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model, inputs), expected)
+    bank = next(m for m in model.modules() if isinstance(m, MoeLinear)).moelora_bank
+    assert bank["ref"].lora_A.weight.data_ptr() == bank["default"].lora_A.weight.data_ptr()

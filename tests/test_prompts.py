@@ -13,6 +13,7 @@ from peft import get_peft_model
 from tiny_models import PAD, SIZES, make_inputs, make_model
 from torch.nn import functional as F
 from transformers import DynamicCache, LlamaConfig, LlamaForSequenceClassification, Trainer, TrainingArguments
+from trl.trainer.utils import add_fused_lm_head
 
 from peft_moe import GroupedMoeConfig
 
@@ -806,3 +807,24 @@ def test_all_of_a_classifier_s_input_is_its_prompt_without_the_padding(kind, fol
     close(logits(model, padded), found)
     model.train()(**padded).loss.backward()
     assert all(router.gate.weight.grad.abs().sum() > 0 for router in routers(model).values())
+
+
+# -- TRL --------------------------------------------------------------------------------------------------------------
+
+
+def test_trl_s_head_that_calls_the_backbone_itself_lets_no_answer_choose(folder):
+    model = by_prompt("llama", folder).train()
+    add_fused_lm_head(model.get_base_model())  # what SFTTrainer does to a PeftModel that it is given
+    ids = make_inputs("llama", batch=2, seq=6)["input_ids"]
+    labels = ids.masked_fill(torch.arange(6) < 3, -100)
+    found = []
+    for answer in (5, 7):
+        inputs = {"input_ids": ids.masked_fill(torch.arange(6) >= 4, answer), "labels": labels}
+        with watched(model) as (_, weights):
+            model(**inputs, fused_lm_head=True)
+        found.append(weights)
+    for block in routers(model):
+        assert torch.equal(found[0][block][-1], found[1][block][-1])
+    packed = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
+    with pytest.raises(ValueError, match="Rows hold several texts, packed"):
+        model(input_ids=ids, labels=labels, position_ids=packed, fused_lm_head=True)
