@@ -24,7 +24,6 @@ from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from peft_moe import GroupedMoeConfig, MoLoraConfig
 from peft_moe.blocks import BlockEntry
-from peft_moe.layer import MoeLinear
 
 CAUSAL = ["llama", "gpt2", "opt"]
 INPUTS = ["token", "prompt"]
@@ -1168,5 +1167,3 @@ def test_a_second_adapter_of_a_loaded_one_has_its_experts(tmp_path):
             model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter)
     model.set_adapter("ref")
     assert torch.equal(logits(model, inputs), expected)
-    bank = next(m for m in model.modules() if isinstance(m, MoeLinear)).moelora_bank
-    assert bank["ref"].lora_A.weight.data_ptr() == bank["default"].lora_A.weight.data_ptr()

@@ -44,6 +44,7 @@ TRAINED: dict[str, tuple[str, dict[str, object]]] = {
     "grouped router, per token": (OUT, {}),
     "grouped router, per prompt": (f"{OUT}-prompt", {"router_input": "prompt"}),
     "flat router, per token": (f"{OUT}-flat", {"flat_routing": True}),
+    "grouped router, experts trained on": (f"{OUT}-experts", {"train_experts": True, "learning_rate": 1.0e-3}),
     "stock LoRA, trained on stage 2's rows": (f"{OUT}-lora", LORA),
 }
 STAGE_2 = ("groups", "general_expert", "router_input", "stage1")  # what a stock LoRA has not
@@ -80,7 +81,7 @@ def train(out: str, changes: dict[str, object]) -> None:
     dropped = STAGE_2 if changes.get("method") == "lora" else ()
     run = {name: value for name, value in settings.items() if name not in (*dropped, "test_split")}
     path = Path(f"{out}.yaml")
-    path.write_text(yaml.safe_dump({**run, **changes, "output_dir": out}), encoding="utf-8")
+    path.write_text(yaml.safe_dump({**run, **changes, "output_dir": out}, sort_keys=False), encoding="utf-8")
     subprocess.run([sys.executable, "scripts/train.py", str(path)], check=True)
 
 

@@ -125,9 +125,11 @@ class ExpertBank(nn.Module):
         self.lora_B.weight.copy_(torch.cat([b for _, b in present], dim=1))
         self._awaits_weights = False
 
+    @torch.no_grad()
     def take(self, other: ExpertBank) -> None:
-        """Have the same frozen weights as another bank, in the same memory."""
-        self.lora_A, self.lora_B = other.lora_A, other.lora_B
+        """Start with the weights of another bank of the same experts."""
+        self.lora_A.weight.copy_(other.lora_A.weight)
+        self.lora_B.weight.copy_(other.lora_B.weight)
         self._awaits_weights = other._awaits_weights
 
     @torch.no_grad()

@@ -345,11 +345,6 @@ class GroupedMoeModel(MoeTuner):
             if isinstance(router, GroupedRouter) and router.owned:
                 yield key, router
 
-    def _layers(self, adapter_name: str) -> Iterator[MoeLinear]:
-        for layer in self.model.modules():
-            if isinstance(layer, MoeLinear) and adapter_name in layer.moelora_bank:
-                yield layer
-
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def check_mergeable(self, adapter_name: str) -> None:
