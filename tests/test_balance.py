@@ -504,7 +504,8 @@ def test_left_padding_of_bert_changes_its_pooled_token_but_no_balance_loss(kind)
     padded, _ = pad_inputs("bert", inputs, "left")
     model = make("bert", kind)
     model(**padded).loss.backward()
-    assert_same(router_gradients(model), balance_gradients(inputs, "bert", kind))
+    # attention adds up in another order over padded rows, which some CPUs show in the last digits
+    assert_same(router_gradients(model), balance_gradients(inputs, "bert", kind), rtol=1e-4)
 
 
 @pytest.mark.parametrize("given", ["labels", "decoder_attention_mask"])

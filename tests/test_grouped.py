@@ -857,12 +857,13 @@ def test_hooks_of_accelerate_can_come_before_and_after(router_input, folder):
     expected = logits(base, inputs)
     hook = AlignDevicesHook(execution_device="cpu", io_same_device=True)
     first, second = base.model.layers
-    add_hook_to_module(first, hook)
+    hooked = vars(add_hook_to_module(first, hook))["forward"]
     torch.manual_seed(0)
     model = get_peft_model(base, grouped_config("llama", folder, router_input=router_input)).eval()
     add_hook_to_module(second, hook)
     assert torch.equal(logits(model, inputs), logits(grouped("llama", folder, router_input=router_input), inputs))
     assert torch.equal(logits(model.unload(), inputs), expected)
+    assert vars(first)["forward"] is hooked
 
 
 def by_pickle(model):

@@ -44,7 +44,6 @@ TRAINED: dict[str, tuple[str, dict[str, object]]] = {
     "grouped router, per token": (OUT, {}),
     "grouped router, per prompt": (f"{OUT}-prompt", {"router_input": "prompt"}),
     "flat router, per token": (f"{OUT}-flat", {"flat_routing": True}),
-    "grouped router, experts trained on": (f"{OUT}-experts", {"train_experts": True, "learning_rate": 1.0e-3}),
     "stock LoRA, trained on stage 2's rows": (f"{OUT}-lora", LORA),
 }
 STAGE_2 = ("groups", "general_expert", "router_input", "stage1")  # what a stock LoRA has not
