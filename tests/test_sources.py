@@ -157,7 +157,10 @@ def test_an_expert_that_was_initialised_by_eva_is_a_plain_lora(folders, tmp_path
     torch.testing.assert_close(logits(as_expert("llama", source, folders), inputs), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("as_it_is", [str, Path, lambda folder: {"source": folder}, read_expert], ids=str)
+FORMS = {"text": str, "path": Path, "mapping": lambda folder: {"source": folder}, "read": read_expert}
+
+
+@pytest.mark.parametrize("as_it_is", FORMS.values(), ids=FORMS)
 def test_a_source_can_be_given_in_any_of_its_forms(as_it_is, folders):
     source, inputs = folders("llama")["a"], make_inputs("llama")
     expected = logits(PeftModel.from_pretrained(make_model("llama"), source).eval(), inputs)
