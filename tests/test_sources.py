@@ -455,6 +455,15 @@ BAD = {
         partial(tensors, edit=put(lambda a: a[:3], A0)),
         X + rf" has lora_A \(3, 32\) and lora_B \(32, 4\) at '{Q0}', and its config has rank 4 there",
     ),
+    "a pattern that is a list": (
+        partial(change, rank_pattern=["q_proj"]),
+        r"rank_pattern with \['q_proj'\]; it maps names or regexes to numbers above 0",
+    ),
+    "a pattern that is no regex": (
+        partial(change, alpha_pattern={"(q_proj": 2}),
+        r"alpha_pattern with \{'\(q_proj': 2\}; it maps names or regexes",
+    ),
+    "a rank of 0 by pattern": (partial(change, rank_pattern={"q_proj": 0}), r"rank_pattern with 'q_proj'; it maps"),
     "another rank by a pattern": (
         partial(change, rank_pattern={"q_proj": 2}),
         X + r" has lora_A \(4, 32\) and lora_B \(32, 4\) at '.*q_proj', and its config has rank 2 there",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -197,6 +198,13 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
             f"{where} was initialised with init_lora_weights={init!r}, which changes the base weights; save it with "
             "path_initial_model_for_weight_conversion, which makes it a plain LoRA."
         )
+    for name in ("rank_pattern", "alpha_pattern"):
+        try:
+            broken = [key for key, value in (config.get(name) or {}).items() if not (re.compile(key) and value)]
+        except (AttributeError, TypeError, re.error):
+            broken = [config[name]]
+        if broken:
+            raise ValueError(f"{where} has {name} with {broken[0]!r}; it maps names or regexes to numbers above 0.")
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(LoraConfig)}
     for name, value in config.items():
         if name not in HARMLESS and value not in (None, False, [], {}, defaults.get(name)):

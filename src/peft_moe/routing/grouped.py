@@ -139,16 +139,19 @@ class GroupedRouter(nn.Module):
                 f"A block is entered by {e.shape[-1]} features, and its router, made for the block's first linear "
                 f"layer, reads {self.gate.in_features}; leave this block's experts out."
             )
-        if not self.per_prompt:
-            decision = self._decide(e, view.control, self._scale(e))
-            if self.seen is not None:
-                shape, mask = (view.batch or Batch(rows=e.shape[0])).tokens_of(e, in_decoder=self.in_decoder)
-                self.seen.append(
-                    Decision(
-                        decision.groups.reshape(*shape, -1), decision.within.reshape(*shape, -1), decision.mix, mask
-                    )
-                )
-            return self._combine(decision)
+        return self._of_prompts(e, view) if self.per_prompt else self._of_tokens(e, view)
+
+    def _of_tokens(self, e: torch.Tensor, view: View) -> torch.Tensor:
+        """(..., E + 1) for e (..., d)."""
+        decision = self._decide(e, view.control, self._scale(e))
+        if self.seen is not None:
+            shape, mask = (view.batch or Batch(rows=e.shape[0])).tokens_of(e, in_decoder=self.in_decoder)
+            groups, within = decision.groups.reshape(*shape, -1), decision.within.reshape(*shape, -1)
+            self.seen.append(Decision(groups, within, decision.mix, mask))
+        return self._combine(decision)
+
+    def _of_prompts(self, e: torch.Tensor, view: View) -> torch.Tensor:
+        """(n, E + 1): by the prompts in e, or as it was when they were read."""
         prompt = view.prompt
         if prompt is None:
             raise RuntimeError(
