@@ -997,3 +997,15 @@ def test_stock_loras_have_no_weights_to_fix(tmp_path):
     assert not hasattr(stock, "set_group_weights")
     with pytest.raises(ValueError, match="GROUPEDMOE adapters with fixed weights"):
         fold(stock, tmp_path / "f", routing=FIXED)
+
+
+def test_a_folded_adapter_has_no_place_for_experts_that_get_nothing(tmp_path):
+    model = grouped("llama", tmp_path)
+    with model.routing({"s": {"c": 1.0}}, group_weights={"s": 1.0}, mix=1.0):
+        expected = logits(model, make_inputs("llama"))
+        fold(model, tmp_path / "folded")
+    config = json.loads((tmp_path / "folded" / "adapter_config.json").read_text())
+    ranks = {bank.ranks[2] for bank in (layer.moelora_bank["default"] for layer in routed_layers(model))}
+    assert config["r"] == max(ranks) < max(sum(layer.moelora_bank["default"].ranks) for layer in routed_layers(model))
+    stock = PeftModel.from_pretrained(make_model("llama"), tmp_path / "folded").eval()
+    torch.testing.assert_close(logits(stock, make_inputs("llama")), expected, rtol=1e-4, atol=1e-5)

@@ -34,7 +34,7 @@ def keys_of_banks(state_dict: StateDict) -> list[str]:
 def fold_banks(
     config: MoeConfig, state_dict: StateDict, weights_at: WeightsAt
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """A (R, in) and B (out, R) of every module, with scaling and weights inside."""
+    """A (R, in) and B (out, R) of every module, with scaling and weights inside; R is of experts that get weight."""
     return {key: _fold_bank(config, state_dict, key, weights_at(key)) for key in keys_of_banks(state_dict)}
 
 
@@ -48,7 +48,13 @@ def _fold_bank(
     with torch.device("meta"):
         bank = ExpertBank(in_features=a.shape[1], out_features=b.shape[0], ranks=experts.ranks, scaling=experts.scaling)
     bank.load_state_dict({"lora_A.weight": a, "lora_B.weight": b}, assign=True)
-    return bank.folded(None if weights is None else weights.to(a.device))
+    if weights is None:
+        return bank.folded(None)
+    a, b = bank.folded(weights.to(a.device))
+    # an expert that gets nothing needs no place
+    kept = [i for i, weight in enumerate(weights.tolist()) if weight]
+    rows, columns = a.split(bank.ranks), b.split(bank.ranks, dim=1)
+    return torch.cat([rows[i] for i in kept] or [a[:0]]), torch.cat([columns[i] for i in kept] or [b[:, :0]], dim=1)
 
 
 def module_from(make: Callable[[], Any], state_dict: StateDict, prefix: str) -> Any:
