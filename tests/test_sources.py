@@ -482,7 +482,10 @@ BAD = {
     ),
     "an alpha that is no number": (partial(change, lora_alpha=float("nan")), X + r" has alpha nan at "),
     "an alpha that is text": (partial(change, lora_alpha="16"), X + r" has alpha '16' at "),
-    "an alpha that is none": (partial(change, alpha_pattern={"q_proj": None}), X + r" has alpha None at '.*q_proj'"),
+    "an alpha that is none": (
+        partial(change, alpha_pattern={"q_proj": None}),
+        X + r" has alpha_pattern with 'q_proj'; it maps names or regexes to numbers above 0",
+    ),
     "no folder": (lambda folder: str(folder / "nowhere"), NO_CONFIG + r" in .*/nowhere; give the folder of an adapter"),
     "no folder here": (lambda folder: "./nowhere", NO_CONFIG + r" in nowhere; give the folder of an adapter"),
     "no subfolder": (partial(entry, subfolder="nowhere"), NO_CONFIG + r" in .*/nowhere; give the folder"),
