@@ -662,3 +662,11 @@ print("done")
 """
     )
     assert done.stdout.strip().endswith("done")
+
+
+def test_a_model_does_not_hold_its_experts_twice(folders):
+    expert = read_expert(folders("llama")["a"])
+    model = from_loras(make_model("llama"), {"f": {"a": expert}})
+    config = model.peft_config["default"]
+    assert config.as_given is config
+    assert config.sources == {"f/a": expert.origin}

@@ -133,8 +133,9 @@ def _read(
             f"fold takes a PeftModel or a directory, not a {type(source).__name__}; unwrap the model first."
         )
     config = _check(PeftConfig.from_pretrained(str(source), **hub_kwargs), source)
-    stored = config.group_weights if isinstance(config, GroupedMoeConfig) else None
-    control = config.control(stored) if stored else None  # type: ignore[union-attr]
+    control = None
+    if isinstance(config, GroupedMoeConfig) and config.group_weights:
+        control = config.control(config.group_weights)
     return config, load_peft_weights(str(source), device="cpu", **hub_kwargs), control
 
 

@@ -149,10 +149,12 @@ class MoeLinear(nn.Module, BaseTunerLayer):
             return None
         if isinstance(router, TaskRouter):
             return router.of_tasks(self.context.one_task(adapter))[0]
+        if not isinstance(router, GroupedRouter):
+            raise not_mergeable(adapter)
         control = self.context.controls.get(adapter)
-        weights = router.constant(control) if isinstance(router, GroupedRouter) else None
+        weights = router.constant(control)
         if weights is None:
-            raise not_mergeable(adapter, router.free_choices(control) if isinstance(router, GroupedRouter) else ())
+            raise not_mergeable(adapter, router.free_choices(control))
         return weights
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:

@@ -229,7 +229,8 @@ class GroupedMoeConfig(MoeConfig):
 
     def note_origins(self, origins: Mapping[str, Any]) -> None:
         """Put what has been read, by name as in `sources`, in the place of the sources."""
-        if self._given is None:
+        # Experts that are in memory are not kept for another time: the model would hold them twice.
+        if self._given is None and not any(isinstance(source, Expert) for source in self.sources.values()):
             fields = ("groups", "general_expert", "target_modules")
             self._given = {name: getattr(self, name) for name in fields} | {"expert_layout": None}
         self.groups = {

@@ -28,8 +28,7 @@ from ..folding import fold_banks
 from ..moelora.config import MoeLoraConfig
 from ..moelora.model import weights_of_task
 
-# A path or Hub id; the same with "revision", "subfolder" or "task"; an adapter that is loaded; None for a new expert.
-Source = "str | Mapping[str, Any] | Expert | None"
+# Entries of a source that is a mapping: a folder or Hub id, and what else it takes to find the expert.
 ENTRIES = ("source", "revision", "subfolder", "task")
 FOUND = ("sha256", "commit", "loaded")  # entries that are set when the source has been read
 WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
