@@ -1,6 +1,7 @@
 """Mixture-of-LoRA-experts for Hugging Face peft. Importing the package registers its tuner types with peft."""
 
 from ._register import PeftMoeType, register
+from .calibrate import Calibration, calibrate
 from .compose import compose, from_loras
 from .config import MoeConfig
 from .fold import fold
@@ -18,6 +19,7 @@ register(PeftMoeType.MEDMOELORA, MedMoeLoraConfig, MedMoeLoraModel)
 register(PeftMoeType.GROUPEDMOE, GroupedMoeConfig, GroupedMoeModel)
 
 __all__ = [
+    "Calibration",
     "GroupedMoeConfig",
     "GroupedMoeModel",
     "MedMoeLoraConfig",
@@ -29,6 +31,7 @@ __all__ = [
     "MoeLoraModel",
     "PeftMoeType",
     "TokenRoutedConfig",
+    "calibrate",
     "compose",
     "fold",
     "from_loras",

@@ -172,6 +172,10 @@ class ExpertBank(nn.Module):
             return h * weights.index_select(-1, self.expert_of_rank)
         return (h.unflatten(-1, (len(self.ranks), -1)) * weights.unsqueeze(-1)).flatten(-2)
 
+    def scaled_weights(self, h: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        """The scaled weight of the expert that each rank belongs to, (..., R) as h."""
+        return self._weigh(torch.ones_like(h), weights)
+
     def anchor_loss(self) -> torch.Tensor:
         """`Σ_i ‖s_i B_i A_i‖²` (Frobenius) over the anchored experts, in float32: how far they are from zero."""
         ranks = self.ranks[: self.num_anchored]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import peft
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .card_methods import METHODS, TAGS, Method, table
+from .card_methods import METHODS, TAGS, Method, method_of, table
 from .config import MoeConfig
 from .moelora import MoeLoraConfig
 
@@ -30,7 +30,7 @@ def tags_of(config: peft.PeftConfig) -> list[str]:
     Example:
         `base_model.add_model_tags(tags_of(config))`
     """
-    return list(_method_of(config).tags)
+    return list(method_of(config).tags)
 
 
 def model_card(
@@ -63,7 +63,7 @@ def model_card(
         `model_card(model, name="me/icd", dataset="data", info={}, hyperparameters={"epochs": 3}).save("out/README.md")`
     """
     config = model.active_peft_config
-    method = _method_of(config)
+    method = method_of(config)
     title = name.rstrip("/").split("/")[-1]
     data = ModelCardData(
         library_name="peft",
@@ -113,15 +113,8 @@ def _eval_results(results: Mapping[str, Mapping[str, Any]] | None, dataset: str,
     ]
 
 
-def _method_of(config: peft.PeftConfig) -> Method:
-    peft_type: Any = config.peft_type
-    if peft_type not in METHODS:
-        raise ValueError(f"There is no card for a {peft_type} adapter; there are for {', '.join(METHODS)}.")
-    return METHODS[peft_type]
-
-
 def _opening(config: Any) -> str:
-    method = _method_of(config)
+    method = method_of(config)
     source = f" ({method.source})" if method.source else ""
     base = f"`{config.base_model_name_or_path}`"
     article = "An" if method.name[0] in "AEIOU" else "A"
@@ -143,7 +136,7 @@ def _training(model: peft.PeftModel, hyperparameters: Mapping[str, object]) -> s
 
 def _settings(config: Any) -> dict[str, object]:
     """What the card lists of a config."""
-    values = {name: getattr(config, name) for name in _method_of(config).fields}
+    values = {name: getattr(config, name) for name in method_of(config).fields}
     if "balance_loss" in values:
         values["balance_loss"] = config.coefficients or "none"  # in the form that says the coefficients too
     targets = config.target_modules
@@ -177,7 +170,7 @@ def _loading(model: peft.PeftModel, name: str) -> str:
         "",
         f'model = {auto}.from_pretrained("{name}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        *([choose.format(config.task_names[0])] if _method_of(config).by_task else []),
+        *([choose.format(config.task_names[0])] if method_of(config).by_task else []),
     ]
     install = "`pip install peft_moe`, then:\n\n" if ours else ""
     local = "" if _hub_id(base) else f"\n\nThe base model is a local folder, `{base}`, and must be there to load."

@@ -83,8 +83,9 @@ class Method:
 
 
 BY_TOKEN = (
-    "Experts are chosen for each token by what the layer sees of it. So the adapter needs no task, and it can neither "
-    "be merged into the base model nor folded into a stock LoRA."
+    "Experts are chosen for each token by what the layer sees of it, so that the adapter needs no task. It can be "
+    "merged or folded only as what comes closest to it over calibration data (`peft_moe.calibrate`, or `peft-moe fold "
+    "--calibrate`)."
 )
 
 
@@ -201,6 +202,14 @@ METHODS: dict[str, Method] = {
         citation=ATMOE_CITATION,
     ),
 }  # fmt: skip
+
+
+def method_of(config: peft.PeftConfig) -> Method:
+    """What the cards of an adapter with this config say; a ValueError if there is nothing."""
+    peft_type: Any = config.peft_type
+    if peft_type not in METHODS:
+        raise ValueError(f"There is no card for a {peft_type} adapter; there are for {', '.join(METHODS)}.")
+    return METHODS[peft_type]
 
 
 def table(header: tuple[str, ...], rows: Any) -> str:

@@ -38,8 +38,21 @@ def _parser() -> argparse.ArgumentParser:
         help='AT-MoE: what set_group_weights takes, such as {"weights": {"style": {"rigorous": 1}}, "group_weights": '
         '{"style": 1}}; by default what the adapter has fixed',
     )
+    which.add_argument(
+        "--calibrate",
+        metavar="DATA",
+        help="for experts chosen by the input: a file, folder or Hub dataset of the form that training takes, over "
+        "which the LoRA that is written comes closest; loads the base model",
+    )
     fold.add_argument("--out", required=True, type=Path, help="directory to write")
     fold.add_argument("--revision", help="revision of a Hub adapter")
+    calibrate = fold.add_argument_group("for --calibrate")
+    calibrate.add_argument("--base-model", help="base model, in place of the one that the adapter names")
+    calibrate.add_argument("--split", help="split of the data; by default train")
+    calibrate.add_argument("--rows", type=int, default=256, help="rows to draw, a fifth of them to measure errors on")
+    calibrate.add_argument("--rank", type=int, help="compress to this rank; by default the adapter's total rank")
+    calibrate.add_argument("--batch-size", type=int, default=8, help="rows run at once")
+    calibrate.add_argument("--max-length", type=int, default=1024, help="tokens of a row")
     fold.add_argument("--overwrite", action="store_true", help="replace adapters that are there already")
     fold.set_defaults(run=_fold)
     compose = commands.add_parser("compose", help="make one out of trained LoRAs", description=_compose.__doc__)
@@ -80,6 +93,11 @@ def _fold(arguments: argparse.Namespace) -> None:
         config = PeftConfig.from_pretrained(arguments.adapter, **hub)
     except KeyError as error:  # what peft makes of an adapter type it does not know
         raise ValueError(f"{arguments.adapter} is an adapter of type {error}, which peft does not know") from None
+    if arguments.calibrate:
+        model = _calibrated(arguments, hub)
+        fold(model, arguments.out, overwrite=arguments.overwrite)
+        print(f"calibrated: {arguments.out}")
+        return
     names = config.task_names if isinstance(config, MoeConfig) else []
     if arguments.all_tasks and isinstance(config, GroupedMoeConfig):
         raise ValueError(
@@ -99,6 +117,33 @@ def _fold(arguments: argparse.Namespace) -> None:
         by_id = task not in names and task is not None and task.isdigit()
         fold(arguments.adapter, out, task=int(task) if by_id else task, overwrite=arguments.overwrite, **hub)
         print(f"task {task}: {out}")
+
+
+def _calibrated(arguments: argparse.Namespace, hub: dict[str, Any]) -> Any:
+    """The adapter on its base model, calibrated on rows of the data."""
+    from peft import PeftConfig, PeftModel
+    from torch.utils.data import DataLoader
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+
+    from .calibrate import calibrate
+    from .data import encode, read_examples
+    from .directory import check_free
+
+    check_free(arguments.out, overwrite=arguments.overwrite)  # before the work
+    base = arguments.base_model or PeftConfig.from_pretrained(arguments.adapter, **hub).base_model_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    examples = read_examples(arguments.calibrate, split=arguments.split).shuffle(seed=0)
+    examples = examples.select(range(min(arguments.rows, len(examples))))
+    rows = encode(examples, tokenizer, tasks=None, max_length=arguments.max_length)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype="auto"), arguments.adapter, **hub
+    )
+    collator: Any = DataCollatorForSeq2Seq(tokenizer)
+    batches: Any = DataLoader(rows, batch_size=arguments.batch_size, collate_fn=collator)
+    print(calibrate(model, batches, rank=arguments.rank, progress=True))
+    return model
 
 
 if __name__ == "__main__":

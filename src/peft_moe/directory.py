@@ -12,6 +12,13 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 FILES = (SAFETENSORS_WEIGHTS_NAME, "README.md", CONFIG_NAME)
 
 
+def check_free(out_dir: Path, *, overwrite: bool) -> None:
+    """Raise a FileExistsError if a directory holds an adapter's files, and `overwrite` is False."""
+    there = [name for name in FILES if (out_dir / name).exists()]
+    if there and not overwrite:
+        raise FileExistsError(f"{out_dir} holds {there} already; choose another directory, or pass overwrite=True.")
+
+
 @contextmanager
 def adapter_directory(out_dir: Path, *, overwrite: bool) -> Iterator[Path]:
     """A folder beside `out_dir` to write an adapter into, whose files take their place at the end of the `with` block.
@@ -21,9 +28,7 @@ def adapter_directory(out_dir: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         FileExistsError: `out_dir` holds files of these names, and `overwrite` is False.
     """
-    there = [name for name in FILES if (out_dir / name).exists()]
-    if there and not overwrite:
-        raise FileExistsError(f"{out_dir} holds {there} already; choose another directory, or pass overwrite=True.")
+    check_free(out_dir, overwrite=overwrite)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as work:
         yield Path(work)

@@ -2,28 +2,34 @@
 
 For task j of MOELoRA the adapter is `Σ_i ω_ji B_i A_i` times the scaling, so A is kept, the columns of expert i of B
 are multiplied by ω_ji and the scaling, and a LoRA of the same rank with `lora_alpha = r` gives the same numbers (arXiv
-2310.18339, section III). Weights of AT-MoE that a user has fixed are folded in the same way.
+2310.18339, section III). Weights of AT-MoE that a user has fixed are folded in the same way. Where experts are chosen
+by the input, what `calibrate` has found to come closest is written instead, and its errors are on the card.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import pad
 
+from .calibrate import Calibration
+from .card_methods import method_of
+from .config import MoeConfig
 from .directory import adapter_directory
-from .folding import StateDict, WeightsAt, fold_banks
+from .fold_card import How, errors_section, folded_card
+from .folding import Banks, StateDict, fold_banks, keys_of_banks
 from .grouped.config import GroupedMoeConfig
 from .grouped.routers import fixed_weights
+from .layer import MoeLinear
 from .moelora.config import MoeLoraConfig
 from .moelora.model import weights_of_task
 from .routing import Control
@@ -46,7 +52,7 @@ def fold(
     overwrite: bool = False,
     **hub_kwargs: Any,
 ) -> Path:
-    """Write the adapter under one task, or under fixed weights, as a stock LoRA directory.
+    """Write an adapter as a stock LoRA directory: exactly under one task or fixed weights, else as it was calibrated.
 
     The directory holds what any peft can load without peft_moe: `lora_A` and `lora_B` with the scaling inside,
     `lora_alpha = r`, one rank throughout (smaller banks are filled up with zeros, because some servers know one rank
@@ -64,11 +70,14 @@ def fold(
         overwrite: replace the adapter and README.md that are in `out_dir`.
         hub_kwargs: for a Hub id: `revision`, `token`, `subfolder`, `cache_dir`.
 
+    An adapter whose experts are chosen by the input is folded from a model for which `calibrate` was called; the card
+    then has the errors.
+
     Returns:
         `out_dir`.
 
     Raises:
-        ValueError: unknown task, weights that still depend on the input, or an adapter of another kind.
+        ValueError: unknown task, weights that depend on the input without calibration, or an adapter of another kind.
         TypeError: a model that is not a `PeftModel`, such as one that is still wrapped for training.
         FileExistsError: `out_dir` holds files of these names, and `overwrite` is False.
 
@@ -76,30 +85,98 @@ def fold(
         >>> fold(model, "icd-lora", task="icd")
         >>> PeftModel.from_pretrained(base_model, "icd-lora")
     """
-    config, state_dict, control = _read(source, adapter_name, hub_kwargs)
-    if isinstance(config, MoeLoraConfig):
-        if task is None or routing is not None:
-            raise ValueError(f"MOELORA adapters are folded for a task; pass task= with one of {config.task_names}.")
-        weights_at, choice = weights_of_task(config, state_dict, task), cast(Any, task)
-    else:
-        if task is not None:
-            raise ValueError(f"task={task!r}: GROUPEDMOE adapters know no tasks; pass routing= to fix their weights.")
-        control = config.control(routing) if routing is not None else control
-        weights_at, choice = fixed_weights(config, state_dict, control), routing or config.group_weights
-    lora_config, lora_state_dict = fold_state_dict(config, state_dict, weights_at)
+    adapter = _read(source, adapter_name, hub_kwargs)
+    banks, how = _banks(adapter, task, routing)
+    lora_config, lora_state_dict = to_lora(adapter.config, adapter.state_dict, banks)
     with adapter_directory(Path(out_dir), overwrite=overwrite) as work:
         lora_config.save_pretrained(str(work))
         save_file(lora_state_dict, work / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        (work / "README.md").write_text(_card(config, lora_config, choice), encoding="utf-8")
+        (work / "README.md").write_text(folded_card(adapter.config, lora_config, how), encoding="utf-8")
     return Path(out_dir)
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in memory or on disk, in peft's own terms.
+
+    Args:
+        config, state_dict: as peft saves them.
+        control: what a user has fixed.
+        layers: of an adapter in memory, by module.
+        name: of an adapter in memory.
+        calibration: what `calibrate` said of it; None if it was not called, or all weights are fixed.
+    """
+
+    config: MoeConfig
+    state_dict: StateDict
+    control: Control | None = None
+    layers: Mapping[str, MoeLinear] = field(default_factory=dict)
+    name: str = ""
+    calibration: Calibration | None = None
+
+
+def _banks(adapter: Adapter, task: Any, routing: Mapping[str, Any] | None) -> tuple[Banks, How]:
+    """A and B of every module as a LoRA, and what they are of the adapter.
+
+    Raises:
+        ValueError: the arguments do not fix all weights, and no calibration stands in for what depends on the input.
+    """
+    config, state_dict = adapter.config, adapter.state_dict
+    kind = method_of(config).name
+    if isinstance(config, MoeLoraConfig):
+        if task is None or routing is not None:
+            raise ValueError(f"MOELORA adapters are folded for a task; pass task= with one of {config.task_names}.")
+        how = How(
+            f"LoRA for task {task!r}",
+            f"One task of a MOELORA adapter with the tasks {', '.join(config.task_names)}",
+            f"It gives the same outputs as the adapter with `task_ids={task!r}`",
+        )
+        return fold_banks(config, state_dict, weights_of_task(config, state_dict, task)), how
+    if task is not None:
+        raise ValueError(f"task={task!r}: {kind} adapters choose experts by no task; leave task= out.")
+    if isinstance(config, GroupedMoeConfig):
+        experts = ", ".join(f"{group} ({', '.join(names)})" for group, names in config.names.items())
+        control = config.control(routing) if routing is not None else adapter.control
+        if routing is not None or adapter.calibration is None:
+            choice = routing or config.group_weights
+            fixed = f"with its weights fixed by `{choice}`" if choice else "with those weights"
+            how = How(
+                "LoRA of fixed experts",
+                f"An AT-MoE adapter of the groups {experts} with fixed weights",
+                f"It gives the same outputs as the adapter {fixed}",
+            )
+            return fold_banks(config, state_dict, fixed_weights(config, state_dict, control)), how
+    elif routing is not None:
+        raise ValueError(f"routing={routing!r}: {kind} adapters have no groups; leave routing= out.")
+    return _stand_ins(adapter)
+
+
+def _stand_ins(adapter: Adapter) -> tuple[Banks, How]:
+    config, state_dict = adapter.config, adapter.state_dict
+    name = method_of(config).name
+    if not any(".moelora_router." in key for key in state_dict):  # one expert everywhere
+        what = f"A {name} adapter with one expert in each layer"
+        how = How(f"LoRA of a {name} adapter", what, "It gives the same outputs as the adapter")
+        return fold_banks(config, state_dict, lambda key: None), how
+    if adapter.calibration is None:
+        raise ValueError(
+            f"Experts of {name} adapters are chosen by the input, so that no LoRA does the same. For the one that "
+            "comes closest, load the model and call peft_moe.calibrate(model, batches) before fold(model, ...), or use "
+            "peft-moe fold ADAPTER --calibrate DATA."
+        )
+    banks = {key: adapter.layers[key].folded(adapter.name) for key in keys_of_banks(state_dict)}
+    how = How(
+        f"LoRA in place of a {name} adapter",
+        f"A {name} adapter, whose experts are chosen by the input",
+        "It comes as close to the adapter as a LoRA of its rank does over the calibration data, and is not the same",
+        errors_section(adapter.calibration),
+    )
+    return banks, how
+
+
 @torch.no_grad()
-def fold_state_dict(
-    config: MoeLoraConfig | GroupedMoeConfig, state_dict: StateDict, weights_at: WeightsAt
-) -> tuple[LoraConfig, StateDict]:
-    """Config and state dict of the stock LoRA that an adapter is under fixed weights, in the form that peft saves."""
-    banks = fold_banks(config, state_dict, weights_at)
+def to_lora(config: MoeConfig, state_dict: StateDict, banks: Banks) -> tuple[LoraConfig, StateDict]:
+    """Config and state dict of a stock LoRA with these A and B, in the form that peft saves."""
     rank = max(a.shape[0] for a, _ in banks.values())
     folded = {}
     for key, (a, b) in banks.items():
@@ -112,69 +189,37 @@ def fold_state_dict(
     return LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, inference_mode=True, **fields), {**folded, **others}
 
 
-def _read(
-    source: PeftModel | str | Path, adapter_name: str | None, hub_kwargs: dict[str, Any]
-) -> tuple[MoeLoraConfig | GroupedMoeConfig, StateDict, Control | None]:
-    """Config, state dict and fixed weights of an adapter, in memory or on disk, in peft's own terms."""
+def _read(source: PeftModel | str | Path, adapter_name: str | None, hub_kwargs: dict[str, Any]) -> Adapter:
     if isinstance(source, PeftModel):
         if adapter_name is None and len(source.active_adapters) != 1:
             raise ValueError(f"The active adapters are {source.active_adapters}; say which with adapter_name=.")
-        adapter_name = adapter_name or source.active_adapters[0]
-        if adapter_name not in source.peft_config:
-            raise ValueError(f"adapter_name={adapter_name!r}; the model has {sorted(source.peft_config)}.")
-        config = _check(source.peft_config[adapter_name], adapter_name)
+        name = adapter_name or source.active_adapters[0]
+        if name not in source.peft_config:
+            raise ValueError(f"adapter_name={name!r}; the model has {sorted(source.peft_config)}.")
+        config = _check(source.peft_config[name], name)
         # Not state_dict(), which would copy or unpack a quantised base too.
         tensors = {n: t.detach() for n, t in chain(source.named_parameters(), source.named_buffers())}
-        state_dict = get_peft_model_state_dict(source, state_dict=tensors, adapter_name=adapter_name)
+        state_dict = get_peft_model_state_dict(source, state_dict=tensors, adapter_name=name)
         tuner: Any = source.base_model
-        return config, state_dict, tuner.context.controls.get(adapter_name)
+        layers = {key: layer for key, layer in tuner.model.named_modules() if isinstance(layer, MoeLinear)}
+        control = tuner.context.controls.get(name)
+        open_choices = any(layer.reads_input(name) for layer in layers.values())
+        calibration = tuner.calibrations.get(name) if open_choices else None
+        return Adapter(config, state_dict, control, layers, name, calibration)
     if isinstance(source, nn.Module):
         raise TypeError(
             f"fold takes a PeftModel or a directory, not a {type(source).__name__}; unwrap the model first."
         )
     config = _check(PeftConfig.from_pretrained(str(source), **hub_kwargs), source)
-    control = None
-    if isinstance(config, GroupedMoeConfig) and config.group_weights:
-        control = config.control(config.group_weights)
-    return config, load_peft_weights(str(source), device="cpu", **hub_kwargs), control
+    fixed = isinstance(config, GroupedMoeConfig) and config.group_weights
+    control = cast(GroupedMoeConfig, config).control(fixed) if fixed else None
+    return Adapter(config, load_peft_weights(str(source), device="cpu", **hub_kwargs), control)
 
 
-def _check(config: PeftConfig, source: object) -> MoeLoraConfig | GroupedMoeConfig:
-    if not isinstance(config, (MoeLoraConfig, GroupedMoeConfig)):
+def _check(config: PeftConfig, source: object) -> MoeConfig:
+    if not isinstance(config, MoeConfig):
         raise ValueError(
-            f"{str(source)!r} is a {getattr(config.peft_type, 'value', config.peft_type)} adapter; fold takes MOELORA "
-            "adapters, whose experts depend on the task alone, and GROUPEDMOE adapters with fixed weights."
+            f"{str(source)!r} is a {getattr(config.peft_type, 'value', config.peft_type)} adapter; fold takes adapters "
+            "of peft_moe."
         )
     return config
-
-
-def _card(config: MoeLoraConfig | GroupedMoeConfig, lora_config: LoraConfig, choice: Any) -> str:
-    """The README of a folded adapter."""
-    base = config.base_model_name_or_path
-    data = ModelCardData(base_model=base, library_name="peft", tags=["lora", "peft-moe"])
-    if isinstance(config, MoeLoraConfig):
-        title, how = f"LoRA for task {choice!r}", f"with `task_ids={choice!r}`"
-        what = f"One task of a MOELORA adapter with the tasks {', '.join(config.task_names)}"
-    else:
-        experts = ", ".join(f"{group} ({', '.join(names)})" for group, names in config.names.items())
-        title, how = (
-            "LoRA of fixed experts",
-            f"with its weights fixed by `{choice}`" if choice else "with those weights",
-        )
-        what = f"An AT-MoE adapter of the groups {experts} with fixed weights"
-    text = f"""---
-{data.to_yaml()}
----
-
-# {title}
-
-{what}, folded by peft_moe into a stock LoRA of rank {lora_config.r}. It gives the same outputs as the adapter {how} and
-needs only peft:
-
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path/to/this/directory")  # base_model: {base or "the adapter's"}
-```
-"""
-    return str(ModelCard(text))

@@ -16,6 +16,8 @@ BANK = re.compile(r"^base_model\.model\.(?P<key>.+)\.moelora_bank\.lora_A\.weigh
 # The weights (E,) of the experts of the module at a key; None for a bank of one.
 WeightsAt = Callable[[str], "torch.Tensor | None"]
 StateDict = dict[str, torch.Tensor]
+# By module, A (r, in) and B (out, r) of a LoRA of scaling 1.
+Banks = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def keys_of_banks(state_dict: StateDict) -> list[str]:
@@ -31,9 +33,7 @@ def keys_of_banks(state_dict: StateDict) -> list[str]:
 
 
 @torch.no_grad()
-def fold_banks(
-    config: MoeConfig, state_dict: StateDict, weights_at: WeightsAt
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def fold_banks(config: MoeConfig, state_dict: StateDict, weights_at: WeightsAt) -> Banks:
     """A (R, in) and B (out, R) of every module, with scaling and weights inside; R is of experts that get weight."""
     return {key: _fold_bank(config, state_dict, key, weights_at(key)) for key in keys_of_banks(state_dict)}
 

@@ -14,7 +14,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .bank import ExpertBank
-from .routing import GroupedRouter, Router, RoutingContext, TaskRouter
+from .routing import Batch, GroupedRouter, Router, RoutingContext, TaskRouter
+from .stand_in import StandIn, fingerprint
 
 
 class MoeLinear(nn.Module, BaseTunerLayer):
@@ -27,7 +28,7 @@ class MoeLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("moelora_bank", "moelora_router")
-    other_param_names = ("shared_routers",)
+    other_param_names = ("shared_routers", "stand_ins")
 
     def __init__(
         self,
@@ -45,12 +46,13 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         self.moelora_bank = nn.ModuleDict()
         self.moelora_router = nn.ModuleDict()
         self.shared_routers: dict[str, Router] = {}  # registered on the tuner, so not here: a parameter has one name
+        self.stand_ins: dict[str, StandIn] = {}  # from `calibrate`; an adapter's weights do not depend on them
         self.in_features, self.out_features = cast(tuple[int, int], _get_in_out_features(self.get_base_layer()))
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
         self.cast_input_dtype_enabled = True
         self.merged_adapters: list[str] = []
         # what to take out again, whatever is trained meanwhile
-        self._merged_weights: dict[str, torch.Tensor | None] = {}
+        self._merged_weights: dict[str, torch.Tensor | StandIn | None] = {}
         self._disable_adapters = False
         self._active_adapter: str | list[str] = adapter_name
         self.train(base_layer.training)
@@ -142,45 +144,90 @@ class MoeLinear(nn.Module, BaseTunerLayer):
             weights = view.ledger.charge(f"{adapter}.base", bank.anchor_coefficient, bank.anchor_loss(), weights)
         return weights
 
-    def _merge_weights(self, adapter: str) -> torch.Tensor | None:
-        """Weights (E,) that hold for every input: of the chosen task, or fixed by the user."""
+    def reads_input(self, adapter: str) -> bool:
+        """Whether what an adapter adds here depends on the input, even for one task."""
+        router = self.router_of(adapter)
+        if isinstance(router, GroupedRouter):
+            return bool(router.free_choices(self.context.controls.get(adapter)))
+        return not (router is None or isinstance(router, TaskRouter))
+
+    def check_mergeable(self, adapter: str) -> None:
+        """Raise a ValueError if no weights of an adapter, nor a stand-in, hold for every input."""
+        if adapter in self.moelora_bank:
+            self._merge_weights(adapter)
+
+    def _merge_weights(self, adapter: str) -> torch.Tensor | StandIn | None:
+        """Weights (E,) that hold for every input: of the chosen task, or fixed by the user; or else the stand-in."""
         router = self.router_of(adapter)
         if router is None:
             return None
         if isinstance(router, TaskRouter):
             return router.of_tasks(self.context.one_task(adapter))[0]
-        if not isinstance(router, GroupedRouter):
-            raise not_mergeable(adapter)
-        control = self.context.controls.get(adapter)
-        weights = router.constant(control)
-        if weights is None:
-            raise not_mergeable(adapter, router.free_choices(control))
-        return weights
+        if not self.reads_input(adapter):
+            return cast(GroupedRouter, router).constant(self.context.controls.get(adapter))
+        return self.stand_in(adapter)
+
+    def stand_in(self, adapter: str) -> StandIn:
+        """The LoRA that `calibrate` has found to come closest to an adapter here.
+
+        Raises:
+            ValueError: there is none, or the adapter's weights have changed since.
+        """
+        router = self.router_of(adapter)
+        if adapter not in self.stand_ins:
+            free = isinstance(router, GroupedRouter) and router.free_choices(self.context.controls.get(adapter))
+            raise not_mergeable(adapter, free or ())
+        if self.stand_ins[adapter].made_for != self.fingerprint(adapter):
+            raise ValueError(
+                f"Adapter {adapter!r} has changed since it was calibrated; call peft_moe.calibrate(model, batches) "
+                "again."
+            )
+        return self.stand_ins[adapter]
+
+    def fingerprint(self, adapter: str) -> float:
+        """A number that changes with what an adapter does here."""
+        bank, router, control = self._bank(adapter), self.router_of(adapter), self.context.controls.get(adapter)
+        tensors = [bank.lora_A.weight, bank.lora_B.weight, *(router.parameters() if router is not None else ())]
+        return fingerprint(tensors if control is None else [*tensors, control.numbers()])
+
+    def tokens_that_count(self, adapter: str, x: torch.Tensor) -> torch.Tensor | None:
+        """(t,) true for the tokens of an input (..., in) that are no padding, as far as the call says; None for all."""
+        batch = self.context.view(adapter).batch or Batch(rows=x.shape[0])
+        _, mask = batch.tokens_of(x, in_decoder=bool(getattr(self.router_of(adapter), "in_decoder", False)))
+        return None if mask is None else mask.flatten()
+
+    def folded(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (r, in) and B (out, r) of the LoRA of scaling 1 that an adapter is here, or that stands in for it."""
+        weights = self._merge_weights(adapter)
+        return weights[:2] if isinstance(weights, StandIn) else self._bank(adapter).folded(weights)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """What an adapter adds to the base weight, for the chosen task or fixed weights, in the base weight's shape.
 
+        Where experts are chosen by the input, it is what `calibrate` has found to come closest.
+
         Raises:
-            ValueError: what is added depends on the input, or on a task and none was chosen.
+            ValueError: what is added depends on the input and was not calibrated, or on a task and none was chosen.
         """
         return self._delta_weight(adapter_name, self._merge_weights(adapter_name))
 
     @torch.no_grad()
-    def _delta_weight(self, adapter: str, weights: torch.Tensor | None) -> torch.Tensor:
+    def _delta_weight(self, adapter: str, weights: torch.Tensor | StandIn | None) -> torch.Tensor:
         bank = self._bank(adapter)
-        if weights is not None:
-            weights = weights.to(bank.lora_A.weight.device)
-        delta = bank.delta_weight(weights)
+        if isinstance(weights, StandIn):
+            delta = weights.delta_weight().to(bank.lora_A.weight)
+        else:
+            delta = bank.delta_weight(None if weights is None else weights.to(bank.lora_A.weight.device))
         return delta.T if self.fan_in_fan_out else delta
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters to the base weight, for the task chosen with `set_task`, `task` or `default_task`, or for the
-        weights that were fixed with `set_group_weights` or `routing`.
+        weights that were fixed with `set_group_weights` or `routing`; otherwise what `calibrate` has found.
 
         Raises:
-            ValueError: no task was chosen, or weights depend on the input; with `safe_merge`, also a merged weight that
-            is not finite. The weight is then as before.
+            ValueError: no task was chosen, or weights depend on the input and were not calibrated; with `safe_merge`,
+            also a merged weight that is not finite. The weight is then as before.
         """
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.moelora_bank:
@@ -223,10 +270,7 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         self.set_base_weight(merged)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        router = self.router_of(adapter_name)
-        if isinstance(router, GroupedRouter):
-            return not router.free_choices(self.context.controls.get(adapter_name))
-        return router is None or isinstance(router, TaskRouter)
+        return adapter_name in self.stand_ins or not self.reads_input(adapter_name)
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
@@ -242,14 +286,15 @@ def not_mergeable(adapter: str, free: Sequence[str] = ()) -> ValueError:
         adapter: its name.
         free: what the input decides and a user could fix.
     """
+    closest = "or let peft_moe.calibrate(model, batches) find the LoRA that comes closest to it, and merge that"
     if free:
         return ValueError(
-            f"Adapter {adapter!r} cannot be merged while {', '.join(free)} depend on the input; fix them with "
-            "model.set_group_weights(...) or `with model.routing(...)`."
+            f"Adapter {adapter!r} cannot be merged exactly while {', '.join(free)} depend on the input; fix them with "
+            f"model.set_group_weights(...) or `with model.routing(...)`, {closest}."
         )
     return ValueError(
-        f"Adapter {adapter!r} chooses experts for each token, so that no single weight matrix does what it does and it "
-        "cannot be merged; keep it as an adapter, or train MOELoRA, whose tasks merge exactly."
+        f"Adapter {adapter!r} chooses experts for each token, so that no single weight matrix does what it does; keep "
+        f"it as an adapter, {closest}."
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .config import MoeConfig, check_fraction, check_tasks, names_of
-from .layer import MoeLinear, not_mergeable
+from .layer import MoeLinear
 from .losses import BALANCE_LOSSES
 from .routing import BalanceTerm, RoutingStatistics, TokenRouter
 from .tuner import IN_BASE_EXPERTS, SEQUENCE_FIRST, MoeTuner
@@ -235,9 +235,3 @@ class TokenRoutedTuner(MoeTuner):
         for key, router in self.routers():
             if router.statistics is not None:
                 yield key, router.statistics[training], router
-
-    # merging
-
-    def check_mergeable(self, adapter_name: str) -> None:
-        if any(True for _ in self.routers(adapter_name)):
-            raise not_mergeable(adapter_name)

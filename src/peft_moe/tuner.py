@@ -86,6 +86,7 @@ class MoeTuner(BaseTuner):
         loss = LOSS_MAPPING.get(str(getattr(model, "loss_type", None)))
         self.shifts_labels = loss is ForCausalLMLoss and not self.is_encoder_decoder
         self.adapters_enabled = True
+        self.calibrations: dict[str, Any] = {}  # by adapter, what `calibrate` has returned
         self.moelora_router = nn.ModuleDict()  # adapter -> number of experts -> Router
 
     def _post_injection_hook(self, model: nn.Module, config: MoeConfig, adapter_name: str) -> None:
@@ -225,6 +226,7 @@ class MoeTuner(BaseTuner):
         if adapter_name in self.moelora_router:
             del self.moelora_router[adapter_name]
         self.context.forget(adapter_name)
+        self.calibrations.pop(adapter_name, None)
         self._sync_routers()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -269,13 +271,16 @@ class MoeTuner(BaseTuner):
     # merging
 
     def check_mergeable(self, adapter_name: str) -> None:
-        """Raise a ValueError if what an adapter adds depends on the input."""
+        """Raise a ValueError if what an adapter adds depends on the input, and no calibration stands in for it."""
+        for layer in self.model.modules():
+            if isinstance(layer, MoeLinear):
+                layer.check_mergeable(adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As in peft.
 
         Raises:
-            ValueError: what an adapter adds depends on the input; nothing is merged then.
+            ValueError: what an adapter adds depends on the input and was not calibrated; nothing is merged then.
         """
         for name in self.active_adapters if adapter_names is None else adapter_names:
             self.check_mergeable(name)

@@ -15,7 +15,7 @@ from ..bank import ExpertBank
 from ..blocks import BlockEntry
 from ..checkpointing import keep_call_through_checkpointing
 from ..entry import Entry
-from ..layer import MoeLinear, not_mergeable
+from ..layer import MoeLinear
 from ..routing import (
     Control,
     GroupedRouter,
@@ -346,12 +346,6 @@ class GroupedMoeModel(MoeTuner):
                 yield key, router
 
     # -- the end ------------------------------------------------------------------------------------------------------
-
-    def check_mergeable(self, adapter_name: str) -> None:
-        control = self.context.controls.get(adapter_name)
-        for _, router in self.routers(adapter_name):
-            if free := router.free_choices(control):
-                raise not_mergeable(adapter_name, free)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

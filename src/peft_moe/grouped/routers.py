@@ -66,8 +66,9 @@ def fixed_weights(config: GroupedMoeConfig, state_dict: StateDict, control: Cont
     for router in routers.values():
         if free := router.free_choices(control):
             raise ValueError(
-                f"Weights cannot be folded while {', '.join(free)} depend on the input; fix them: routing= with the "
-                "arguments of model.set_group_weights."
+                f"Weights cannot be folded while {', '.join(free)} depend on the input; fix them (routing= with the "
+                "arguments of model.set_group_weights), or call peft_moe.calibrate(model, batches) before fold(model, "
+                "...) for the LoRA that comes closest."
             )
 
     def weights_at(key: str) -> torch.Tensor | None:

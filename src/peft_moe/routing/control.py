@@ -55,6 +55,12 @@ class Control:
             moved[device] = Control(**{**dict(self.fields()), **tensors})
         return moved[device]
 
+    def numbers(self) -> torch.Tensor:
+        """All that it says, as finite numbers (n,)."""
+        values = [v for _, v in self.fields() if isinstance(v, (torch.Tensor, float))]
+        flat = torch.cat([torch.as_tensor(v, dtype=torch.float64).cpu().flatten() for v in values])
+        return flat.clamp_min(-1e3)  # -inf leaves out
+
     def fields(self) -> list[tuple[str, Any]]:
         """Names and values of its fields."""
         return [(name, getattr(self, name)) for name in self.__dataclass_fields__]
