@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from .config import MoeConfig, check_fraction, check_tasks, names_of
-from .layer import MoeLinear, not_mergeable
+from .layer import IN_BASE_EXPERTS, MoeLinear, not_mergeable
 from .losses import BALANCE_LOSSES
 from .routing import BalanceTerm, RoutingStatistics, TokenRouter
-from .tuner import IN_BASE_EXPERTS, SEQUENCE_FIRST, MoeTuner
+from .tuner import SEQUENCE_FIRST, MoeTuner
 
 # Layers of an encoder-decoder model's decoder that see the encoder's output: keys and values of cross-attention.
 OF_ENCODER = re.compile(r"(?i:encdec|encoder_|cross)[^.]*\.(.*\.)?(k|v|key|value)(_proj|_lin)?$")

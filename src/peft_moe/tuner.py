@@ -28,15 +28,14 @@ from .bank import ExpertBank
 from .checkpointing import undo_checkpointing
 from .config import MoeConfig, warn_unmatched
 from .entry import Entry
-from .layer import MoeLinear, check_base_layer
-from .routing import Router, RoutingContext
+from .layer import IN_BASE_EXPERTS, MoeLinear, check_base_layer
+from .mixing import check_adapter_names, wrappers_told
+from .routing import Router, RoutingContext, adapters_of
 
 # Names in our own state-dict keys: an adapter called so would be taken for one of them when another adapter is saved.
 RESERVED = {"moelora_bank", "moelora_router", "gate", "embedding", "proj", "lora_A", "lora_B", "weight"}
 # Models whose layers see (seq, batch, hidden), or windows of the sequence before the batch.
 SEQUENCE_FIRST = {"chatglm", "fsmt", "led", "longformer", "transfo-xl", "xlnet"}
-# Linear layers of a base model's own experts: their inputs are tokens picked from all rows.
-IN_BASE_EXPERTS = re.compile(r"(^|\.)experts\.(expert_)?\d+(\.|$)")
 # Their output projection hands its weight to a fused kernel and is never called.
 MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 
@@ -257,14 +256,34 @@ class MoeTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """peft calls this around forward and generate; without it, `adapter_names` would be ignored."""
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                f"adapter_names={kwargs['adapter_names']!r}: batches that mix adapters are not supported by "
-                f"{type(self).__name__}; rows of one batch can have different task_ids, and adapters take "
-                "turns with set_adapter."
-            )
-        yield
+        """peft calls this around forward and generate, whose `adapter_names` are not for the model."""
+        names = kwargs.get("adapter_names")
+        with self.mixed(names), wrappers_told(self, names):
+            yield
+
+    @property
+    def present(self) -> Sequence[str]:
+        """The adapters that calls run: those of the rows of a mixed batch, or the active ones."""
+        names = self.context.names
+        return self.active_adapters if names is None else adapters_of(names)
+
+    @contextmanager
+    def mixed(self, names: Sequence[str] | None) -> Iterator[None]:
+        """Give each row of the calls in a `with` block its adapter, or `"__base__"` for none.
+
+        Args:
+            names: one per row; None for no change.
+
+        Raises:
+            ValueError: unknown adapters, training, merged adapters, or a model whose layers do not show rows.
+            TypeError: not a list of names.
+        """
+        if names is None or not self.adapters_enabled:
+            yield
+            return
+        check_adapter_names(self, names)
+        with self.context.mixed(names):
+            yield
 
     # merging
 

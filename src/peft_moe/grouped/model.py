@@ -15,7 +15,7 @@ from ..bank import ExpertBank
 from ..blocks import BlockEntry
 from ..checkpointing import keep_call_through_checkpointing
 from ..entry import Entry
-from ..layer import MoeLinear, not_mergeable
+from ..layer import IN_BASE_EXPERTS, MoeLinear, not_mergeable
 from ..routing import (
     Control,
     GroupedRouter,
@@ -25,7 +25,7 @@ from ..routing import (
 )
 from ..schedule import layer_of
 from ..token_routed import OF_ENCODER
-from ..tuner import IN_BASE_EXPERTS, SEQUENCE_FIRST, MoeTuner, modules_outside_adapters
+from ..tuner import SEQUENCE_FIRST, MoeTuner, modules_outside_adapters
 from .config import GroupedMoeConfig
 from .explain import Explanation
 from .fit import check_expert
@@ -198,14 +198,14 @@ class GroupedMoeModel(MoeTuner):
     @property
     def reads_prompts(self) -> bool:
         """Whether an active adapter routes by prompts."""
-        active = (name for name in self.active_adapters if name not in self.context.in_base)
+        active = (name for name in self.present if name not in self.context.in_base)
         return any(name in self._by_prompt for name in active)
 
     def readers(self, block: str) -> list[tuple[GroupedRouter, View]]:
         """The routers of a block that are to read what enters it."""
         if not self.adapters_enabled:
             return []
-        names = [name for name in self.active_adapters if name not in self.context.in_base]
+        names = [name for name in self.present if name not in self.context.in_base]
         found = [(name, self._routers.get(name, {}).get(block)) for name in names]
         return [(router, self.context.view(name)) for name, router in found if router is not None]
 
