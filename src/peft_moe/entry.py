@@ -75,8 +75,8 @@ class Entry:
         training = self.owner.training and torch.is_grad_enabled() and not answering
         if training and not context.open and not torch.compiler.is_compiling():
             keep_call_through_checkpointing(self.owner, context)
-        active = tuner.present if tuner.adapters_enabled else ()
-        prompts = tuner.reads_prompts and tuner.adapters_enabled
+        active = tuner.present
+        prompts = tuner.reads_prompts and bool(active)
         batch = self._batch(args, kwargs, masks=training or tuner.recording or prompts)
         told: dict[str, Any] = {}
         first = self.method == "forward" and self.whole and not context.in_forward

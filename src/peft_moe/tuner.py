@@ -55,9 +55,9 @@ class MoeTuner(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (peft declares it so)
     context: RoutingContext
     recording = False  # whether routers add up statistics
-    reads_prompts = False  # whether routers look at whole prompts
     is_causal = False  # whether the model makes text that goes on from its input
     looked_at_labels = False  # whether labels have been seen to leave prompts
+    in_peft_model = False  # else adapters are switched by telling the layers
 
     @abstractmethod
     def build_router(
@@ -79,12 +79,19 @@ class MoeTuner(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: MoeConfig, adapter_name: str) -> None:
         model_type = self.get_model_config(model).get("model_type")
         reason = f"the layers of a {model_type} model do not see the rows of a batch first"
-        self.context = RoutingContext(one_task_only=reason if model_type in SEQUENCE_FIRST else None)
+        # transformers makes a tuner for each adapter that it adds; the layers know the first one's context only
+        there = vars(model).get("forward")
+        if isinstance(there, Entry) and there.tuner.model is model:
+            self.context = there.tuner.context
+        else:
+            self.context = RoutingContext(one_task_only=reason if model_type in SEQUENCE_FIRST else None)
         self.is_encoder_decoder = bool(self.get_model_config(model).get("is_encoder_decoder"))
         # whether the loss leaves the first label of a row out, by Trainer's own rule
         loss = LOSS_MAPPING.get(str(getattr(model, "loss_type", None)))
         self.shifts_labels = loss is ForCausalLMLoss and not self.is_encoder_decoder
         self.adapters_enabled = True
+        generates = getattr(model, "can_generate", None)
+        self.is_causal = bool(callable(generates) and generates()) and not self.is_encoder_decoder
         self.moelora_router = nn.ModuleDict()  # adapter -> number of experts -> Router
 
     def _post_injection_hook(self, model: nn.Module, config: MoeConfig, adapter_name: str) -> None:
@@ -100,6 +107,8 @@ class MoeTuner(BaseTuner):
                 f"adapter_name={adapter_name!r} is also part of the names of modules, so that saving another adapter "
                 "would lose weights; choose a name that no module has."
             )
+        if not any(isinstance(m, MoeLinear) and adapter_name in m.moelora_bank for m in model.modules()):
+            self.context.forget(adapter_name)  # of this name, which transformers deletes without telling
         others = [(p, p.requires_grad) for p in self.moelora_router.parameters()]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -262,10 +271,31 @@ class MoeTuner(BaseTuner):
             yield
 
     @property
+    def chosen(self) -> Sequence[str]:
+        """The adapters that calls run unless they are disabled: those of a mixed batch's rows, or the active ones."""
+        if self.context.names is not None:
+            return adapters_of(self.context.names)
+        layer = self._a_layer
+        return self.active_adapters if layer is None else layer.active_adapters
+
+    @property
     def present(self) -> Sequence[str]:
-        """The adapters that calls run: those of the rows of a mixed batch, or the active ones."""
-        names = self.context.names
-        return self.active_adapters if names is None else adapters_of(names)
+        """The adapters that calls run."""
+        layer = self._a_layer
+        enabled = self.adapters_enabled if layer is None else not layer.disable_adapters
+        return self.chosen if enabled else ()
+
+    @property
+    def _a_layer(self) -> MoeLinear | None:
+        """A layer to ask what is active, where the tuner is not told: outside of a `PeftModel`."""
+        if self.in_peft_model:
+            return None
+        return next((m for m in self.model.modules() if isinstance(m, MoeLinear) and m.context is self.context), None)
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether a chosen adapter routes by prompts, which it no longer does when merged."""
+        return any(name in self.context.by_prompt and name not in self.context.in_base for name in self.chosen)
 
     @contextmanager
     def mixed(self, names: Sequence[str] | None) -> Iterator[None]:
@@ -363,6 +393,7 @@ def _welcome_peft_model(parent: nn.Module, name: str, child: nn.Module | None) -
     """Runs when a module becomes part of another: a PeftModel that gets our tuner also gets an entry for task ids."""
     if name == "base_model" and isinstance(child, MoeTuner) and isinstance(parent, PeftModel):
         Entry.install(parent, "forward", child)
+        child.in_peft_model = True
 
 
 # The tuner is built before the PeftModel knows it and is never told of it; this is torch's hook for such cases.

@@ -46,6 +46,8 @@ class RoutingContext:
         self.outside = OutsideScale()
         self.last_ledger: Ledger | None = None
         self.controls: dict[str, Control] = {}  # by adapter, what a user has fixed
+        # not looked up in peft_config, where transformers deletes entries and a tuner around ours puts its own
+        self.by_prompt: set[str] = set()  # adapters that route by prompts
         self.names: tuple[str, ...] | None = None  # an adapter for each row of the calls to come, if rows differ in it
         self._turn = threading.RLock()
 
@@ -65,6 +67,7 @@ class RoutingContext:
         for kept in (self._tasks, self._chosen_ids, self.merged, self.controls):
             kept.pop(adapter, None)
         self.in_base.discard(adapter)
+        self.by_prompt.discard(adapter)
 
     def choose(self, task: Task | Sequence[Task] | None, adapters: Sequence[str]) -> None:
         """Take a task for all calls that bring none; several are tasks of every row; None takes the choice back.
