@@ -110,7 +110,7 @@ ORDER = [
     {"grouped"},
     {"_register"},
     {"directory"},
-    {"compose", "fold"},
+    {"compose", "fold", "hotswap"},
     {"metrics", "reading", "arguments", "data"},
     {"callbacks", "card_methods", "evaluation", "training", "card"},
     {"cli"},

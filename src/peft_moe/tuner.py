@@ -113,8 +113,7 @@ class MoeTuner(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         config: Any = self.peft_config[adapter_name]
-        if config.task_names:
-            self.context.know(adapter_name, config)
+        self.context.know(adapter_name, config)
         for parameter, requires_grad in others:  # a new adapter leaves the others as they were, as peft has it
             parameter.requires_grad = requires_grad
 

@@ -236,10 +236,7 @@ class GroupedMoeModel(MoeTuner):
         given = {"weights": weights, "group_weights": group_weights, "off": off or None, "mix": mix}
         given = {key: plain(value) for key, value in given.items() if value is not None}
         control = self._control(name, given)
-        if control is None:
-            self.context.controls.pop(name, None)
-        else:
-            self.context.controls[name] = control
+        self.context.fix(name, control)
         if store:
             self._config(name).group_weights = given or None
 
@@ -265,10 +262,7 @@ class GroupedMoeModel(MoeTuner):
         try:
             yield
         finally:
-            if before is None:
-                self.context.controls.pop(name, None)
-            else:
-                self.context.controls[name] = before
+            self.context.fix(name, before)
 
     def _control(self, adapter_name: str, given: Mapping[str, Any]) -> Control | None:
         self._refuse_merged(adapter_name)

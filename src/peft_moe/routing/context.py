@@ -59,8 +59,32 @@ class RoutingContext:
         vars(self).update(state, _turn=threading.RLock())
 
     def know(self, adapter: str, tasks: Tasks) -> None:
-        """Take note of an adapter's tasks."""
+        """Take note of an adapter's tasks, if it knows any, also of other ones than before."""
+        if not tasks.task_names:
+            self._tasks.pop(adapter, None)
+            return
+        same = adapter in self._tasks and list(self._tasks[adapter].task_names) == list(tasks.task_names)
         self._tasks[adapter] = tasks
+        if adapter in self._chosen_ids and self._chosen is not None and not same:
+            self._chosen_ids[adapter] = self._encode(adapter, self._chosen)
+
+    def check_choice(self, adapter: str, tasks: Tasks) -> None:
+        """Raise a ValueError if an adapter would not know the chosen task with other tasks than it has."""
+        if self._chosen is None or adapter not in self._chosen_ids:
+            return
+        try:
+            self._encoded(self._chosen, tasks.task_names)
+        except ValueError as error:
+            raise ValueError(
+                f"The task chosen with set_task is {self._chosen!r}: {error} Choose another first."
+            ) from None
+
+    def fix(self, adapter: str, control: Control | None) -> None:
+        """Take note of the weights that a user has fixed; None for none."""
+        if control is None:
+            self.controls.pop(adapter, None)
+        else:
+            self.controls[adapter] = control
 
     def forget(self, adapter: str) -> None:
         """Drop what is known of an adapter."""
@@ -124,8 +148,9 @@ class RoutingContext:
             outermost, before = self._depth == 0, self._call
             if outermost or task_ids is not None:
                 ledger = self._new_ledger(training) if outermost else before.ledger
-                parts = before.of_batch(batch).parts
-                if outermost:
+                if not outermost:
+                    parts = before.of_batch(batch).parts
+                else:
                     parts = None if self.names is None else parts_of(self.names, batch)
                 call = self._resolve(task_ids, active, batch, training, parts)
                 prompt = (prompt or Prompt()) if outermost else before.prompt
@@ -260,9 +285,13 @@ class RoutingContext:
         return ids
 
     def _encode(self, adapter: str, task: Task | Sequence[Task]) -> torch.Tensor:
+        return self._encoded(task, self._tasks[adapter].task_names)
+
+    @staticmethod
+    def _encoded(task: Task | Sequence[Task], names: Sequence[str]) -> torch.Tensor:
         """A task, or several for the same rows, as ids (1,) or (1, k)."""
         several = isinstance(task, Sequence) and not isinstance(task, str)
-        return encode_tasks([task] if several else task, self._tasks[adapter].task_names)
+        return encode_tasks([task] if several else task, names)
 
     def _chosen_or_default(self, adapter: str) -> torch.Tensor | None:
         if self._chosen is None:
