@@ -28,8 +28,8 @@ def config_of(kind: str, arch: str, folder, *, other: bool = False, **fields):
 
 
 def two_adapters(kinds: tuple[str, str], arch: str, folder, *, same: bool = False, **fields) -> PeftModel:
-    """A tiny model in eval mode with the adapters a and b, of which a is active."""
+    """A tiny model in eval mode with the adapters "one" and "two", of which the first is active."""
     torch.manual_seed(0)
-    model = get_peft_model(make_model(arch), config_of(kinds[0], arch, folder, **fields), adapter_name="a")
-    model.add_adapter("b", config_of(kinds[1], arch, folder, other=not same, **fields))
+    model = get_peft_model(make_model(arch), config_of(kinds[0], arch, folder, **fields), adapter_name="one")
+    model.add_adapter("two", config_of(kinds[1], arch, folder, other=not same, **fields))
     return model.eval()

@@ -314,6 +314,23 @@ class MoeTuner(BaseTuner):
         with self.context.mixed(names):
             yield
 
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Not for experts; peft's LoRA makes a new adapter of a weighted sum here.
+
+        A sum of adapters with a router each is none with one router: as much of an expert as a softmax over its own
+        adapter's experts gives it cannot come from a softmax over all.
+
+        Raises:
+            NotImplementedError: always; the message says what to do instead.
+        """
+        raise NotImplementedError(
+            f"add_weighted_adapter cannot combine {adapters}: each has a router that weighs its own experts, and no "
+            "single router does what they do together. To add adapters up, activate them together with "
+            "model.base_model.set_adapter([...]); to weigh them, fold each (peft_moe.fold) and call "
+            "add_weighted_adapter on the stock LoRAs, or make these the experts of one adapter (peft_moe.from_loras, "
+            "GroupedMoeConfig)."
+        )
+
     # merging
 
     def check_mergeable(self, adapter_name: str) -> None:
