@@ -162,13 +162,10 @@ def test_an_adapter_without_such_modules_has_the_base_models(folder):
     model.add_adapter("three", config_of("molora", "llama", folder, modules_to_save=["lm_head"]))
     torch.nn.init.normal_(model.get_base_model().lm_head.modules_to_save["three"].weight)
     names = ["three", "one", "__base__", "three"]
-    with pytest.raises(
-        ValueError, match=r"leaves them out while an adapter without is active: .*set_adapter\('three'\)"
-    ):
-        model(**inputs, adapter_names=names)
     alone = each_alone(model, inputs, lambda **row: logits(model, row), names)
-    model.set_adapter("three")
-    close(logits(model, inputs, adapter_names=names), alone)
+    for active in ("one", "three"):
+        model.set_adapter(active)
+        close(logits(model, inputs, adapter_names=names), alone)
 
 
 def merged(model):
@@ -320,7 +317,7 @@ def test_calls_of_other_threads_are_not_mixed(folder):
 
 
 @pytest.mark.parametrize(
-    "kind", ["at_moe", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("moelora", "molora", "medmoelora"))]
+    "kind", ["molora", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("moelora", "medmoelora", "at_moe"))]
 )
 def test_it_compiles_whole_as_stock_lora_does_not(kind, folder):
     few = {} if kind == "at_moe" else {"target_modules": ["q_proj"]}

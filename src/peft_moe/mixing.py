@@ -47,23 +47,11 @@ def check_adapter_names(tuner: MoeTuner, names: Any) -> None:
 
 @contextmanager
 def wrappers_told(tuner: MoeTuner, names: Sequence[str] | None) -> Iterator[None]:
-    """Tell the wrappers that peft puts around `modules_to_save` and trained embeddings which row is whose.
-
-    Raises:
-        ValueError: a row's adapter has such modules and the active one has not, so that peft would leave them out.
-    """
+    """Tell the wrappers that peft puts around `modules_to_save` and trained embeddings which row is whose."""
     if names is None or not tuner.adapters_enabled:
         yield
         return
     found: list[Any] = [module for module in tuner.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    for wrapper in found:
-        theirs = [name for name in adapters_of(names) if name in wrapper._adapters]
-        if theirs and any(name not in wrapper._adapters for name in wrapper.active_adapters):
-            raise ValueError(
-                f"Adapter {theirs[0]!r} has modules of its own (modules_to_save or trainable_token_indices), and peft "
-                f"leaves them out while an adapter without is active: {wrapper.active_adapters}; call "
-                f"model.set_adapter({theirs[0]!r}) first."
-            )
     handles = [w.register_forward_pre_hook(partial(_name_rows, names=names), with_kwargs=True) for w in found]
     try:
         yield
