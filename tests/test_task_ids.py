@@ -189,12 +189,6 @@ def test_a_model_with_single_experts_only_needs_no_task():
     logits(model, make_inputs("llama"))
 
 
-def test_adapter_names_are_refused_and_not_ignored():
-    model, inputs = routed("llama", default_task="icd"), make_inputs("llama")
-    with pytest.raises(ValueError, match="batches that mix adapters are not supported by MoeLoraModel"):
-        model(**inputs, adapter_names=["default"] * 3)
-
-
 def test_task_gates_inside_experts_of_the_base_model_are_refused():
     class Experts(torch.nn.Module):
         def __init__(self):

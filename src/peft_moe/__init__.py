@@ -6,6 +6,7 @@ from .compose import compose, from_loras
 from .config import MoeConfig
 from .fold import fold
 from .grouped import GroupedMoeConfig, GroupedMoeModel, read_expert
+from .hotswap import hotswap_adapter
 from .medmoe import MedMoeLoraConfig, MedMoeLoraModel
 from .moelora import MoeLoraConfig, MoeLoraModel
 from .molora import MoLoraConfig, MoLoraModel
@@ -35,5 +36,6 @@ __all__ = [
     "compose",
     "fold",
     "from_loras",
+    "hotswap_adapter",
     "read_expert",
 ]

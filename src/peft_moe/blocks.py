@@ -80,7 +80,7 @@ class BlockEntry:
         readers = self.tuner.readers(self.key)
         try:
             for router, view in readers:
-                router.read(self._entering(router, args, kwargs), view)
+                router.read(view.own(self._entering(router, args, kwargs)), view)
             yield
         finally:
             for router, _ in readers:

@@ -63,13 +63,20 @@ class Entry:
     def __call__(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
         if args and args[0] is self.owner:  # accelerate's unwrap_model binds what it finds, as if it were a function
             args = args[1:]
+        # a PeftModel has adapter_names from its caller, and tells the tuner of them on the way to the model in it
+        names = kwargs.get("adapter_names") if self.owner is not self.tuner.model else None
+        # other threads wait from here on, so that what this call finds set is meant for it
+        with self.tuner.context.turn(), self.tuner.mixed(names):
+            return self._call(args, task_ids, kwargs)
+
+    def _call(self, args: Sequence[Any], task_ids: Any, kwargs: dict[str, Any]) -> Any:
         tuner, context = self.tuner, self.tuner.context
         answering = self.method == "generate"
         training = self.owner.training and torch.is_grad_enabled() and not answering
         if training and not context.open and not torch.compiler.is_compiling():
             keep_call_through_checkpointing(self.owner, context)
-        active = tuner.active_adapters if tuner.adapters_enabled else ()
-        prompts = tuner.reads_prompts and tuner.adapters_enabled
+        active = tuner.present
+        prompts = tuner.reads_prompts and bool(active)
         batch = self._batch(args, kwargs, masks=training or tuner.recording or prompts)
         told: dict[str, Any] = {}
         first = self.method == "forward" and self.whole and not context.in_forward

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,8 +15,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .bank import ExpertBank
-from .routing import Batch, GroupedRouter, Router, RoutingContext, TaskRouter
+from .routing import Batch, GroupedRouter, Router, RoutingContext, TaskRouter, View
 from .stand_in import StandIn, fingerprint
+
+# Linear layers of a base model's own experts: their inputs are tokens picked from all rows.
+IN_BASE_EXPERTS = re.compile(r"(^|\.)experts\.(expert_)?\d+(\.|$)")
 
 
 class MoeLinear(nn.Module, BaseTunerLayer):
@@ -117,13 +121,30 @@ class MoeLinear(nn.Module, BaseTunerLayer):
             return result
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
+        if (parts := self.context.parts) is not None:
+            return self._add_to_rows(result, x, parts)
         dtype = result.dtype
         for adapter in self.active_adapters:
             if adapter in self.moelora_bank:
                 bank = self._bank(adapter)
                 x = self._cast_input_dtype(x, bank.lora_A.weight.dtype)
-                result = result + bank(x, self._weights(adapter, x))
+                result = result + bank(x, self._weights(adapter, x, self.context.view(adapter)))
         return result.to(dtype)
+
+    def _add_to_rows(self, result: torch.Tensor, x: torch.Tensor, adapters: Iterable[str]) -> torch.Tensor:
+        """Add to each row what its adapter makes of it, as if these rows had come alone."""
+        mixed = result.clone()
+        for adapter in adapters:
+            if adapter not in self.moelora_bank:
+                continue
+            bank, view = self._bank(adapter), self.context.view(adapter)
+            positions = view.positions_in(x)
+            own = self._cast_input_dtype(view.own(x), bank.lora_A.weight.dtype)
+            added = view.own(result) + bank(own, self._weights(adapter, own, view))
+            if positions is None:
+                return added.to(result.dtype)
+            mixed.index_copy_(0, positions, added.to(result.dtype))
+        return mixed
 
     def router_of(self, adapter_name: str) -> Router | None:
         """The router of an adapter, its own or the shared one; None for a bank of one."""
@@ -134,11 +155,10 @@ class MoeLinear(nn.Module, BaseTunerLayer):
     def _bank(self, adapter: str) -> ExpertBank:
         return cast(ExpertBank, self.moelora_bank[adapter])
 
-    def _weights(self, adapter: str, x: torch.Tensor) -> torch.Tensor | None:
+    def _weights(self, adapter: str, x: torch.Tensor, view: View) -> torch.Tensor | None:
         router, bank = self.router_of(adapter), self._bank(adapter)
         if router is None:
             return None
-        view = self.context.view(adapter)
         weights: torch.Tensor = router(x, view)
         if bank.num_anchored and self.training and view.ledger is not None:
             weights = view.ledger.charge(f"{adapter}.base", bank.anchor_coefficient, bank.anchor_loss(), weights)

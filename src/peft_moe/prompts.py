@@ -123,6 +123,11 @@ def _in_cache(tuner: MoeTuner, cache: Any) -> Prompt | None:
             "began with: it is a copy, or another model made it. Go on with the cache that a call returned, or say "
             f"with prompt_mask= which tokens of this call are the prompt, {TOKEN}"
         )
+    if known.names != tuner.context.names:
+        raise ValueError(
+            f"A call with adapter_names={tuner.context.names} goes on with a cache whose prompt was read with "
+            f"{known.names}; give the same, or read the prompt again, in a call without the cache."
+        )
     return known
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from .config import MoeConfig, check_fraction, check_tasks, names_of
-from .layer import MoeLinear
+from .layer import IN_BASE_EXPERTS, MoeLinear
 from .losses import BALANCE_LOSSES
 from .routing import BalanceTerm, RoutingStatistics, TokenRouter
-from .tuner import IN_BASE_EXPERTS, SEQUENCE_FIRST, MoeTuner
+from .tuner import SEQUENCE_FIRST, MoeTuner
 
 # Layers of an encoder-decoder model's decoder that see the encoder's output: keys and values of cross-attention.
 OF_ENCODER = re.compile(r"(?i:encdec|encoder_|cross)[^.]*\.(.*\.)?(k|v|key|value)(_proj|_lin)?$")
@@ -208,30 +208,37 @@ class TokenRoutedTuner(MoeTuner):
                 else:
                     router.statistics = None
 
-    def routing_statistics(self, *, training: bool = False, reset: bool = False) -> dict[str, dict[str, Any]]:
-        """What the active adapter's routers did since recording began, or since the last reset.
+    def routing_statistics(
+        self, *, training: bool = False, reset: bool = False, adapter_name: str | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """What an adapter's routers did since recording began, or since the last reset.
 
         Args:
             training: calls in training mode, or those outside of it.
             reset: start from zero.
+            adapter_name: by default the active adapter, the first of several.
 
         Returns:
             by layer, what `RoutingStatistics.read` describes; layers that were not run are left out.
 
         Raises:
-            ValueError: routing is not being recorded.
+            ValueError: routing is not being recorded, or there is no such adapter.
         """
         found = {}
-        for key, statistics, router in self.recorded(training):
+        for key, statistics, router in self.recorded(training, adapter_name):
             found[key] = statistics.read(router.num_base)
             if reset:
                 statistics.sums = None
         return {key: values for key, values in found.items() if values}
 
-    def recorded(self, training: bool) -> Iterator[tuple[str, RoutingStatistics, TokenRouter]]:
-        """Layer, statistics and router of the active adapter."""
+    def recorded(
+        self, training: bool, adapter_name: str | None = None
+    ) -> Iterator[tuple[str, RoutingStatistics, TokenRouter]]:
+        """Layer, statistics and router of an adapter; by default of the active one."""
         if not self.recording:
             raise ValueError("Routing is not being recorded; call model.record_routing() before the calls to look at.")
-        for key, router in self.routers():
+        if adapter_name is not None and adapter_name not in self.peft_config:
+            raise ValueError(f"adapter_name={adapter_name!r}; the model has {sorted(self.peft_config)}.")
+        for key, router in self.routers(adapter_name):
             if router.statistics is not None:
                 yield key, router.statistics[training], router

@@ -28,15 +28,14 @@ from .bank import ExpertBank
 from .checkpointing import undo_checkpointing
 from .config import MoeConfig, warn_unmatched
 from .entry import Entry
-from .layer import MoeLinear, check_base_layer
-from .routing import Router, RoutingContext
+from .layer import IN_BASE_EXPERTS, MoeLinear, check_base_layer
+from .mixing import check_adapter_names, wrappers_told
+from .routing import Router, RoutingContext, adapters_of
 
 # Names in our own state-dict keys: an adapter called so would be taken for one of them when another adapter is saved.
 RESERVED = {"moelora_bank", "moelora_router", "gate", "embedding", "proj", "lora_A", "lora_B", "weight"}
 # Models whose layers see (seq, batch, hidden), or windows of the sequence before the batch.
 SEQUENCE_FIRST = {"chatglm", "fsmt", "led", "longformer", "transfo-xl", "xlnet"}
-# Linear layers of a base model's own experts: their inputs are tokens picked from all rows.
-IN_BASE_EXPERTS = re.compile(r"(^|\.)experts\.(expert_)?\d+(\.|$)")
 # Their output projection hands its weight to a fused kernel and is never called.
 MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 
@@ -56,9 +55,9 @@ class MoeTuner(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (peft declares it so)
     context: RoutingContext
     recording = False  # whether routers add up statistics
-    reads_prompts = False  # whether routers look at whole prompts
     is_causal = False  # whether the model makes text that goes on from its input
     looked_at_labels = False  # whether labels have been seen to leave prompts
+    in_peft_model = False  # else adapters are switched by telling the layers
 
     @abstractmethod
     def build_router(
@@ -80,13 +79,20 @@ class MoeTuner(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: MoeConfig, adapter_name: str) -> None:
         model_type = self.get_model_config(model).get("model_type")
         reason = f"the layers of a {model_type} model do not see the rows of a batch first"
-        self.context = RoutingContext(one_task_only=reason if model_type in SEQUENCE_FIRST else None)
+        # transformers makes a tuner for each adapter that it adds; the layers know the first one's context only
+        there = vars(model).get("forward")
+        if isinstance(there, Entry) and there.tuner.model is model:
+            self.context = there.tuner.context
+        else:
+            self.context = RoutingContext(one_task_only=reason if model_type in SEQUENCE_FIRST else None)
         self.is_encoder_decoder = bool(self.get_model_config(model).get("is_encoder_decoder"))
         # whether the loss leaves the first label of a row out, by Trainer's own rule
         loss = LOSS_MAPPING.get(str(getattr(model, "loss_type", None)))
         self.shifts_labels = loss is ForCausalLMLoss and not self.is_encoder_decoder
         self.adapters_enabled = True
         self.calibrations: dict[str, Any] = {}  # by adapter, what `calibrate` has returned
+        generates = getattr(model, "can_generate", None)
+        self.is_causal = bool(callable(generates) and generates()) and not self.is_encoder_decoder
         self.moelora_router = nn.ModuleDict()  # adapter -> number of experts -> Router
 
     def _post_injection_hook(self, model: nn.Module, config: MoeConfig, adapter_name: str) -> None:
@@ -102,12 +108,13 @@ class MoeTuner(BaseTuner):
                 f"adapter_name={adapter_name!r} is also part of the names of modules, so that saving another adapter "
                 "would lose weights; choose a name that no module has."
             )
+        if not any(isinstance(m, MoeLinear) and adapter_name in m.moelora_bank for m in model.modules()):
+            self.context.forget(adapter_name)  # of this name, which transformers deletes without telling
         others = [(p, p.requires_grad) for p in self.moelora_router.parameters()]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         config: Any = self.peft_config[adapter_name]
-        if config.task_names:
-            self.context.know(adapter_name, config)
+        self.context.know(adapter_name, config)
         for parameter, requires_grad in others:  # a new adapter leaves the others as they were, as peft has it
             parameter.requires_grad = requires_grad
 
@@ -259,14 +266,72 @@ class MoeTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """peft calls this around forward and generate; without it, `adapter_names` would be ignored."""
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                f"adapter_names={kwargs['adapter_names']!r}: batches that mix adapters are not supported by "
-                f"{type(self).__name__}; rows of one batch can have different task_ids, and adapters take "
-                "turns with set_adapter."
-            )
-        yield
+        """peft calls this around forward and generate, whose `adapter_names` are not for the model."""
+        names = kwargs.get("adapter_names")
+        with self.mixed(names), wrappers_told(self, names):
+            yield
+
+    @property
+    def chosen(self) -> Sequence[str]:
+        """The adapters that calls run unless they are disabled: those of a mixed batch's rows, or the active ones."""
+        if self.context.names is not None:
+            return adapters_of(self.context.names)
+        layer = self._a_layer
+        return self.active_adapters if layer is None else layer.active_adapters
+
+    @property
+    def present(self) -> Sequence[str]:
+        """The adapters that calls run."""
+        layer = self._a_layer
+        enabled = self.adapters_enabled if layer is None else not layer.disable_adapters
+        return self.chosen if enabled else ()
+
+    @property
+    def _a_layer(self) -> MoeLinear | None:
+        """A layer to ask what is active, where the tuner is not told: outside of a `PeftModel`."""
+        if self.in_peft_model:
+            return None
+        return next((m for m in self.model.modules() if isinstance(m, MoeLinear) and m.context is self.context), None)
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether a chosen adapter routes by prompts, which it no longer does when merged."""
+        return any(name in self.context.by_prompt and name not in self.context.in_base for name in self.chosen)
+
+    @contextmanager
+    def mixed(self, names: Sequence[str] | None) -> Iterator[None]:
+        """Give each row of the calls in a `with` block its adapter, or `"__base__"` for none.
+
+        Args:
+            names: one per row; None for no change.
+
+        Raises:
+            ValueError: unknown adapters, training, merged adapters, or a model whose layers do not show rows.
+            TypeError: not a list of names.
+        """
+        if names is None or not self.adapters_enabled:
+            yield
+            return
+        check_adapter_names(self, names)
+        with self.context.mixed(names):
+            yield
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Not for experts; peft's LoRA makes a new adapter of a weighted sum here.
+
+        A sum of adapters with a router each is none with one router: as much of an expert as a softmax over its own
+        adapter's experts gives it cannot come from a softmax over all.
+
+        Raises:
+            NotImplementedError: always; the message says what to do instead.
+        """
+        raise NotImplementedError(
+            f"add_weighted_adapter cannot combine {adapters}: each has a router that weighs its own experts, and no "
+            "single router does what they do together. To add adapters up, activate them together with "
+            "model.base_model.set_adapter([...]); to weigh them, fold each (peft_moe.fold) and call "
+            "add_weighted_adapter on the stock LoRAs, or make these the experts of one adapter (peft_moe.from_loras, "
+            "GroupedMoeConfig)."
+        )
 
     # merging
 
@@ -349,6 +414,7 @@ def _welcome_peft_model(parent: nn.Module, name: str, child: nn.Module | None) -
     """Runs when a module becomes part of another: a PeftModel that gets our tuner also gets an entry for task ids."""
     if name == "base_model" and isinstance(child, MoeTuner) and isinstance(parent, PeftModel):
         Entry.install(parent, "forward", child)
+        child.in_peft_model = True
 
 
 # The tuner is built before the PeftModel knows it and is never told of it; this is torch's hook for such cases.

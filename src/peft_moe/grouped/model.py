@@ -15,7 +15,7 @@ from ..bank import ExpertBank
 from ..blocks import BlockEntry
 from ..checkpointing import keep_call_through_checkpointing
 from ..entry import Entry
-from ..layer import MoeLinear
+from ..layer import IN_BASE_EXPERTS, MoeLinear
 from ..routing import (
     Control,
     GroupedRouter,
@@ -25,7 +25,7 @@ from ..routing import (
 )
 from ..schedule import layer_of
 from ..token_routed import OF_ENCODER
-from ..tuner import IN_BASE_EXPERTS, SEQUENCE_FIRST, MoeTuner, modules_outside_adapters
+from ..tuner import SEQUENCE_FIRST, MoeTuner, modules_outside_adapters
 from .config import GroupedMoeConfig
 from .explain import Explanation
 from .fit import check_expert
@@ -46,10 +46,6 @@ class GroupedMoeModel(MoeTuner):
     def _pre_injection_hook(self, model: nn.Module, config: GroupedMoeConfig, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
         self._routers: dict[str, dict[str, GroupedRouter]] = {}  # by adapter and block; registered in a layer each
-        # not looked up in peft_config, where transformers deletes entries and a tuner around this one puts its own
-        self._by_prompt: set[str] = set()
-        generates = getattr(model, "can_generate", None)
-        self.is_causal = bool(callable(generates) and generates()) and not self.is_encoder_decoder
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         try:
@@ -57,7 +53,7 @@ class GroupedMoeModel(MoeTuner):
         finally:
             self._experts = None
         if self._config(adapter_name).router_input == "prompt":
-            self._by_prompt.add(adapter_name)
+            self.context.by_prompt.add(adapter_name)
         for block in self._routers.get(adapter_name, {}):
             BlockEntry.install(model.get_submodule(block), block, self)
         if self.reads_prompts and self.is_encoder_decoder:  # which generate calls by itself, with masks of its own
@@ -195,17 +191,9 @@ class GroupedMoeModel(MoeTuner):
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
-    @property
-    def reads_prompts(self) -> bool:
-        """Whether an active adapter routes by prompts."""
-        active = (name for name in self.active_adapters if name not in self.context.in_base)
-        return any(name in self._by_prompt for name in active)
-
     def readers(self, block: str) -> list[tuple[GroupedRouter, View]]:
         """The routers of a block that are to read what enters it."""
-        if not self.adapters_enabled:
-            return []
-        names = [name for name in self.active_adapters if name not in self.context.in_base]
+        names = [name for name in self.present if name not in self.context.in_base]
         found = [(name, self._routers.get(name, {}).get(block)) for name in names]
         return [(router, self.context.view(name)) for name, router in found if router is not None]
 
@@ -248,10 +236,7 @@ class GroupedMoeModel(MoeTuner):
         given = {"weights": weights, "group_weights": group_weights, "off": off or None, "mix": mix}
         given = {key: plain(value) for key, value in given.items() if value is not None}
         control = self._control(name, given)
-        if control is None:
-            self.context.controls.pop(name, None)
-        else:
-            self.context.controls[name] = control
+        self.context.fix(name, control)
         if store:
             self._config(name).group_weights = given or None
 
@@ -277,10 +262,7 @@ class GroupedMoeModel(MoeTuner):
         try:
             yield
         finally:
-            if before is None:
-                self.context.controls.pop(name, None)
-            else:
-                self.context.controls[name] = before
+            self.context.fix(name, before)
 
     def _control(self, adapter_name: str, given: Mapping[str, Any]) -> Control | None:
         self._refuse_merged(adapter_name)
@@ -350,7 +332,6 @@ class GroupedMoeModel(MoeTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._routers.pop(adapter_name, None)
-        self._by_prompt.discard(adapter_name)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)

@@ -8,10 +8,10 @@ from functools import partial
 import torch
 
 from ..folding import StateDict, WeightsAt, module_from
+from ..layer import IN_BASE_EXPERTS
 from ..routing import Control, GroupedGate, GroupedRouter
 from ..schedule import layer_of
 from ..token_routed import OF_ENCODER
-from ..tuner import IN_BASE_EXPERTS
 from .config import GroupedMoeConfig
 
 ROUTER = re.compile(r"^base_model\.model\.(?P<key>.+)\.moelora_router\.(?=gate\.)")

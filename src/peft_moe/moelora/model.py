@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from ..folding import StateDict, WeightsAt, module_from
+from ..layer import IN_BASE_EXPERTS
 from ..routing import TaskGate, TaskRouter, encode_tasks, softmax
 from ..routing.tasks import Task
-from ..tuner import IN_BASE_EXPERTS, MoeTuner
+from ..tuner import MoeTuner
 from .config import MoeLoraConfig
 
 

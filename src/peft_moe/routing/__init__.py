@@ -7,6 +7,7 @@ from .control import Control, GroupWeights, control_of, plain
 from .gates import GroupedGate, TaskGate, TokenGate
 from .grouped import Decision, GroupedRouter, Router
 from .ledger import Ledger, OutsideScale
+from .mixture import BASE, Part, adapters_of
 from .prompt import Prompt
 from .router import BalanceTerm, TaskRouter, TokenRouter
 from .select import softmax, top_k, top_p
@@ -14,6 +15,7 @@ from .statistics import RoutingStatistics
 from .tasks import encode_tasks, list_tasks, task_index
 
 __all__ = [
+    "BASE",
     "BalanceTerm",
     "Batch",
     "Control",
@@ -23,6 +25,7 @@ __all__ = [
     "GroupedRouter",
     "Ledger",
     "OutsideScale",
+    "Part",
     "Prompt",
     "Router",
     "RoutingContext",
@@ -32,6 +35,7 @@ __all__ = [
     "TokenGate",
     "TokenRouter",
     "View",
+    "adapters_of",
     "check_prompt_mask",
     "control_of",
     "encode_tasks",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, cast
 
 import torch
 
 from .batch import Batch
 from .control import Control
 from .ledger import Ledger
+from .mixture import Part
 from .prompt import Prompt
 from .tasks import Task, TaskIds, list_tasks
 
@@ -37,7 +38,7 @@ class Call:
 
     Args:
         told: its `task_ids` as they were given.
-        ids: the same by adapter, (n,) or (n, k); adapters without any are left out.
+        ids: the same by adapter, (n,) or (n, k), of its own rows; adapters without any are left out.
         batch: its input.
         kept: what routers have computed in it and need not compute again.
         ledger: where balance losses go; None unless it is a training call.
@@ -47,6 +48,7 @@ class Call:
         prompt_done: whether it has none of the prompt's tokens.
         prompt_mask: which tokens are the prompt, if the caller has said so.
         in_forward: a forward of the model is under way, and not only generate.
+        parts: by adapter, its rows, where these belong to different ones; None where active adapters have them all.
     """
 
     told: TaskIds | None = None
@@ -60,6 +62,12 @@ class Call:
     prompt_done: bool = False
     prompt_mask: torch.Tensor | None = None
     in_forward: bool = False
+    parts: dict[str, Part] | None = None
+
+    def of_batch(self, batch: Batch | None) -> Call:
+        """The same with another input, such as that of a step of generate, which may have repeated the rows."""
+        parts = None if self.parts is None else {name: part.of_batch(batch) for name, part in self.parts.items()}
+        return replace(self, batch=batch, parts=parts)
 
 
 @dataclass(frozen=True)
@@ -70,13 +78,14 @@ class View:
         adapter: its name.
         names: the tasks that it knows.
         ids: (n,) or (n, k) padded with -1; None if the call has none.
-        batch: the call's input.
+        batch: the call's input, as far as it is the adapter's.
         kept: what routers have computed in the call and need not compute again.
         ledger: where balance losses go; None unless it is a training call.
         counted: whether statistics have it: not what is generated, nor what runs again for backward.
         control: what a user has fixed; None for nothing.
         prompt, prompt_done: as for the call.
         again: layers run again, for backward.
+        part: the rows that are the adapter's; None for all.
     """
 
     adapter: str = "default"
@@ -90,6 +99,28 @@ class View:
     prompt: Prompt | None = None
     prompt_done: bool = False
     again: bool = False
+    part: Part | None = None
+
+    def positions_in(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Where a layer's input (m, ..., in) has the adapter's rows; None for all of it.
+
+        Raises:
+            ValueError: it cannot be told.
+        """
+        part, kept = self.part, self.kept
+        if part is None or part.index is None:
+            return None
+        if kept is None or torch.compiler.is_compiling():
+            return part.positions_in(x)
+        at = (part.rows, x.shape[0], x.dim(), x.device)
+        if at not in kept:
+            kept[at] = cast(torch.Tensor, part.positions_in(x))
+        return kept[at]
+
+    def own(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows of a layer's input that are the adapter's."""
+        positions = self.positions_in(x)
+        return x if positions is None else x.index_select(0, positions)
 
     def tasks(self) -> torch.Tensor:
         """The ids.

@@ -15,8 +15,9 @@ from .batch import Batch
 from .call import HOW, Call, Tasks, View
 from .control import Control
 from .ledger import Ledger, OutsideScale
+from .mixture import Part, parts_of
 from .prompt import Prompt
-from .tasks import Task, TaskIds, encode_tasks, list_tasks
+from .tasks import Task, TaskIds, encode_tasks, list_tasks, tasks_of_rows
 
 # Attribute of a cache of keys and values: the `Prompt` that it begins with.
 IN_CACHE = "_peft_moe_prompt"
@@ -45,24 +46,52 @@ class RoutingContext:
         self.outside = OutsideScale()
         self.last_ledger: Ledger | None = None
         self.controls: dict[str, Control] = {}  # by adapter, what a user has fixed
+        # not looked up in peft_config, where transformers deletes entries and a tuner around ours puts its own
+        self.by_prompt: set[str] = set()  # adapters that route by prompts
+        self.names: tuple[str, ...] | None = None  # an adapter for each row of the calls to come, if rows differ in it
         self._turn = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"_call": Call(), "_depth": 0, "last_ledger": None}
+        fresh = {"_call": Call(), "_depth": 0, "last_ledger": None, "names": None}
         return {name: value for name, value in vars(self).items() if name != "_turn"} | fresh
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _turn=threading.RLock())
 
     def know(self, adapter: str, tasks: Tasks) -> None:
-        """Take note of an adapter's tasks."""
+        """Take note of an adapter's tasks, if it knows any, also of other ones than before."""
+        if not tasks.task_names:
+            self._tasks.pop(adapter, None)
+            return
+        same = adapter in self._tasks and list(self._tasks[adapter].task_names) == list(tasks.task_names)
         self._tasks[adapter] = tasks
+        if adapter in self._chosen_ids and self._chosen is not None and not same:
+            self._chosen_ids[adapter] = self._encode(adapter, self._chosen)
+
+    def check_choice(self, adapter: str, tasks: Tasks) -> None:
+        """Raise a ValueError if an adapter would not know the chosen task with other tasks than it has."""
+        if self._chosen is None or adapter not in self._chosen_ids:
+            return
+        try:
+            self._encoded(self._chosen, tasks.task_names)
+        except ValueError as error:
+            raise ValueError(
+                f"The task chosen with set_task is {self._chosen!r}: {error} Choose another first."
+            ) from None
+
+    def fix(self, adapter: str, control: Control | None) -> None:
+        """Take note of the weights that a user has fixed; None for none."""
+        if control is None:
+            self.controls.pop(adapter, None)
+        else:
+            self.controls[adapter] = control
 
     def forget(self, adapter: str) -> None:
         """Drop what is known of an adapter."""
         for kept in (self._tasks, self._chosen_ids, self.merged, self.controls):
             kept.pop(adapter, None)
         self.in_base.discard(adapter)
+        self.by_prompt.discard(adapter)
 
     def choose(self, task: Task | Sequence[Task] | None, adapters: Sequence[str]) -> None:
         """Take a task for all calls that bring none; several are tasks of every row; None takes the choice back.
@@ -83,6 +112,16 @@ class RoutingContext:
             yield
         finally:
             self._chosen, self._chosen_ids = before
+
+    @contextmanager
+    def mixed(self, names: Sequence[str]) -> Iterator[None]:
+        """Give the rows of the calls in a `with` block an adapter each; calls of other threads wait."""
+        with self.turn():
+            before, self.names = self.names, tuple(names)
+            try:
+                yield
+            finally:
+                self.names = before
 
     @contextmanager
     def call(
@@ -109,7 +148,11 @@ class RoutingContext:
             outermost, before = self._depth == 0, self._call
             if outermost or task_ids is not None:
                 ledger = self._new_ledger(training) if outermost else before.ledger
-                call = self._resolve(task_ids, active, batch, training)
+                if not outermost:
+                    parts = before.of_batch(batch).parts
+                else:
+                    parts = None if self.names is None else parts_of(self.names, batch)
+                call = self._resolve(task_ids, active, batch, training, parts)
                 prompt = (prompt or Prompt()) if outermost else before.prompt
                 self._call = replace(
                     call,
@@ -122,7 +165,9 @@ class RoutingContext:
                 )
             elif batch is not None:  # such as a step of generate, which may have repeated the rows
                 done = bool(before.prompt and before.prompt.done)
-                self._call = replace(before, batch=batch, prompt_done=done, in_forward=in_forward or before.in_forward)
+                self._call = replace(
+                    before.of_batch(batch), prompt_done=done, in_forward=in_forward or before.in_forward
+                )
             self._depth += 1
             try:
                 yield self._call.ledger if outermost else None
@@ -141,7 +186,7 @@ class RoutingContext:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Keep calls of other threads waiting."""
-        with self._turn:
+        with nullcontext() if torch.compiler.is_compiling() else self._turn:
             yield
 
     @property
@@ -173,6 +218,7 @@ class RoutingContext:
         """A forward is over that may have read prompts; calls that go on with its cache have them too."""
         self.prompt.passed(0 if batch is None or batch.tokens is None else batch.tokens)
         if cache is not None and not isinstance(cache, tuple):  # as old models have
+            self.prompt.names = self.names
             setattr(cache, IN_CACHE, self.prompt)  # with it, so that a copy of the cache has it too
 
     @property
@@ -200,13 +246,14 @@ class RoutingContext:
     def view(self, adapter: str) -> View:
         """What an adapter's routers see of the current call."""
         call = self.current or self._resolve(None, (adapter,))
+        part = None if call.parts is None else call.parts.get(adapter)
         names = self._tasks[adapter].task_names if adapter in self._tasks else ()
         again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         return View(
             adapter=adapter,
             names=names,
             ids=call.ids.get(adapter),
-            batch=call.batch,
+            batch=call.batch if part is None else part.batch,
             kept=call.kept,
             ledger=call.ledger,
             counted=call.counted and not again,
@@ -214,7 +261,14 @@ class RoutingContext:
             prompt=call.prompt,
             prompt_done=call.prompt_done,
             again=again,
+            part=part,
         )
+
+    @property
+    def parts(self) -> dict[str, Part] | None:
+        """By adapter, its rows in the current call, where rows belong to different ones; else None."""
+        call = self.current
+        return None if call is None else call.parts
 
     def one_task(self, adapter: str) -> torch.Tensor:
         """The chosen task as ids (1,) or (1, k), for work that is done once for all rows, such as merging.
@@ -231,9 +285,13 @@ class RoutingContext:
         return ids
 
     def _encode(self, adapter: str, task: Task | Sequence[Task]) -> torch.Tensor:
+        return self._encoded(task, self._tasks[adapter].task_names)
+
+    @staticmethod
+    def _encoded(task: Task | Sequence[Task], names: Sequence[str]) -> torch.Tensor:
         """A task, or several for the same rows, as ids (1,) or (1, k)."""
         several = isinstance(task, Sequence) and not isinstance(task, str)
-        return encode_tasks([task] if several else task, self._tasks[adapter].task_names)
+        return encode_tasks([task] if several else task, names)
 
     def _chosen_or_default(self, adapter: str) -> torch.Tensor | None:
         if self._chosen is None:
@@ -243,7 +301,12 @@ class RoutingContext:
         return self._encode(adapter, self._chosen) if chosen is None else chosen
 
     def _resolve(
-        self, task_ids: TaskIds | None, active: Sequence[str], batch: Batch | None = None, training: bool = False
+        self,
+        task_ids: TaskIds | None,
+        active: Sequence[str],
+        batch: Batch | None = None,
+        training: bool = False,
+        parts: dict[str, Part] | None = None,
     ) -> Call:
         if task_ids is not None and active and not any(adapter in self._tasks for adapter in active):
             raise ValueError(
@@ -252,8 +315,12 @@ class RoutingContext:
             )
         found = {}
         for adapter, tasks in self._tasks.items():
+            part = None if parts is None else parts.get(adapter)
+            if parts is not None and part is None:
+                continue
             try:
-                ids = self._chosen_or_default(adapter) if task_ids is None else encode_tasks(task_ids, tasks.task_names)
+                own = task_ids if part is None or task_ids is None else _tasks_of(task_ids, part)
+                ids = self._chosen_or_default(adapter) if own is None else encode_tasks(own, tasks.task_names)
             except (ValueError, TypeError):
                 if adapter in active:
                     raise
@@ -261,13 +328,13 @@ class RoutingContext:
             if ids is None:
                 continue  # a bank of one needs none; the layer that needs one says so
             if adapter in active:
-                self._check_rows(ids, batch)
+                self._check_rows(ids, batch if part is None else part.batch)
                 if task_ids is not None or self._chosen is not None:
                     self._check_merged(adapter, ids)
                 else:
                     self._warn_of_default(tasks.default_task, training)
             found[adapter] = ids if batch is None else ids.to(batch.device)
-        return Call(task_ids, found, batch, controls=dict(self.controls))
+        return Call(task_ids, found, batch, controls=dict(self.controls), parts=parts)
 
     def _check_rows(self, ids: torch.Tensor, batch: Batch | None) -> None:
         if batch is not None and ids.shape[0] not in (1, batch.rows):
@@ -298,3 +365,7 @@ class RoutingContext:
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def _tasks_of(task_ids: TaskIds, part: Part) -> TaskIds | None:
+    return tasks_of_rows(task_ids, range(part.n) if part.rows is None else part.rows, part.n)

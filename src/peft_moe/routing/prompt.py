@@ -19,12 +19,14 @@ class Prompt:
     Args:
         to_come: tokens that are still to be read in other forwards; None if the first forward brings them all.
         done: whether what comes now is no part of the prompt.
+        names: an adapter for each row, if rows differ in it.
         sums: by name of the router, what it has added up: (n, d), and (n, 1) the number of tokens.
         read: the same, what a user had fixed, the mean over the prompt (n, d), and the weights that came of it (n, E).
     """
 
     to_come: int | None = None
     done: bool = False
+    names: tuple[str, ...] | None = None
     sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     read: dict[str, tuple[Control | None, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 

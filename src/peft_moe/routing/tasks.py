@@ -66,6 +66,35 @@ def encode_tasks(tasks: TaskIds, names: Sequence[str]) -> torch.Tensor:
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1)
 
 
+def tasks_of_rows(tasks: TaskIds, rows: Sequence[int], n: int) -> TaskIds | None:
+    """The task ids of some of a call's n rows; None if these have none. One for all rows is one for these, too.
+
+    Args:
+        tasks: as for `encode_tasks`; in a list, rows without a task, such as those of adapters that know none, have
+            None.
+        rows: which.
+        n: rows of the call.
+
+    Raises:
+        ValueError: another number of entries than rows, or a task for some of these rows only.
+    """
+    several = tasks if isinstance(tasks, torch.Tensor) and tasks.dim() > 0 else _several(tasks)
+    if several is None or len(several) == 1:
+        return tasks
+    if len(several) != n:
+        raise ValueError(
+            f"task_ids has {len(several)} entries and the batch has {n} rows; give one task per row, or one for all."
+        )
+    if isinstance(several, torch.Tensor):
+        return several.index_select(0, torch.tensor(rows, device=several.device))
+    found = [several[i] for i in rows]
+    if all(task is None for task in found):
+        return None
+    if any(task is None for task in found):
+        raise ValueError(f"task_ids={tasks!r} has a task for some of an adapter's rows {list(rows)}; give all or none.")
+    return found
+
+
 def _several(value: Any) -> list[Any] | None:
     """The entries of a list, tuple or array; None if the value is a single task."""
     single = isinstance(value, str) or not hasattr(value, "__iter__") or getattr(value, "ndim", 1) == 0
