@@ -102,14 +102,15 @@ def test_importing_loads_nothing_that_only_training_needs():
 # torch only -> layer -> tuner -> a room per paper -> registration; the tools sit on top.
 ORDER = [
     {"bank", "losses", "routing", "schedule"},
+    {"saved"},
     {"config"},
-    {"blocks", "checkpointing", "entry", "folding", "layer", "prompts"},
+    {"blocks", "checkpointing", "entry", "folding", "integrity", "layer", "prompts"},
     {"tuner"},
     {"token_routed"},
     {"moelora", "molora", "medmoe"},
     {"grouped"},
     {"_register"},
-    {"directory"},
+    {"directory", "resume"},
     {"compose", "fold"},
     {"metrics", "reading", "arguments", "data"},
     {"callbacks", "card_methods", "evaluation", "training", "card"},

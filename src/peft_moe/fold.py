@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import pad
@@ -24,6 +24,7 @@ from .directory import adapter_directory
 from .folding import StateDict, WeightsAt, fold_banks
 from .grouped.config import GroupedMoeConfig
 from .grouped.routers import fixed_weights
+from .integrity import read_weights, whole
 from .moelora.config import MoeLoraConfig
 from .moelora.model import weights_of_task
 from .routing import Control
@@ -68,7 +69,7 @@ def fold(
         `out_dir`.
 
     Raises:
-        ValueError: unknown task, weights that still depend on the input, or an adapter of another kind.
+        ValueError: unknown task, weights that still depend on the input, an adapter of another kind, or broken files.
         TypeError: a model that is not a `PeftModel`, such as one that is still wrapped for training.
         FileExistsError: `out_dir` holds files of these names, and `overwrite` is False.
 
@@ -77,16 +78,19 @@ def fold(
         >>> PeftModel.from_pretrained(base_model, "icd-lora")
     """
     config, state_dict, control = _read(source, adapter_name, hub_kwargs)
-    if isinstance(config, MoeLoraConfig):
-        if task is None or routing is not None:
-            raise ValueError(f"MOELORA adapters are folded for a task; pass task= with one of {config.task_names}.")
-        weights_at, choice = weights_of_task(config, state_dict, task), cast(Any, task)
-    else:
-        if task is not None:
-            raise ValueError(f"task={task!r}: GROUPEDMOE adapters know no tasks; pass routing= to fix their weights.")
-        control = config.control(routing) if routing is not None else control
-        weights_at, choice = fixed_weights(config, state_dict, control), routing or config.group_weights
-    lora_config, lora_state_dict = fold_state_dict(config, state_dict, weights_at)
+    with whole(source):
+        if isinstance(config, MoeLoraConfig):
+            if task is None or routing is not None:
+                raise ValueError(f"MOELORA adapters are folded for a task; pass task= with one of {config.task_names}.")
+            weights_at, choice = weights_of_task(config, state_dict, task), cast(Any, task)
+        else:
+            if task is not None:
+                raise ValueError(
+                    f"task={task!r}: GROUPEDMOE adapters know no tasks; pass routing= to fix their weights."
+                )
+            control = config.control(routing) if routing is not None else control
+            weights_at, choice = fixed_weights(config, state_dict, control), routing or config.group_weights
+        lora_config, lora_state_dict = fold_state_dict(config, state_dict, weights_at)
     with adapter_directory(Path(out_dir), overwrite=overwrite) as work:
         lora_config.save_pretrained(str(work))
         save_file(lora_state_dict, work / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -136,7 +140,7 @@ def _read(
     control = None
     if isinstance(config, GroupedMoeConfig) and config.group_weights:
         control = config.control(config.group_weights)
-    return config, load_peft_weights(str(source), device="cpu", **hub_kwargs), control
+    return config, read_weights(str(source), **hub_kwargs), control
 
 
 def _check(config: PeftConfig, source: object) -> MoeLoraConfig | GroupedMoeConfig:
