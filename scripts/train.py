@@ -6,8 +6,8 @@
 
 The first argument may be a YAML file; flags win over it. Every field of transformers' TrainingArguments is an argument
 too: bf16, gradient_checkpointing, gradient_accumulation_steps, report_to, push_to_hub, resume_from_checkpoint (true for
-the last complete one, or a folder) and so on. Writes to output_dir: the adapter, the tokenizer, README.md (the model card) and
-all_results.json.
+the last complete one, or a folder) and so on. Writes to output_dir: the adapter, the tokenizer, README.md (the model
+card) and all_results.json.
 """
 
 import json
