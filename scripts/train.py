@@ -6,8 +6,8 @@
 
 The first argument may be a YAML file; flags win over it. Every field of transformers' TrainingArguments is an argument
 too: bf16, gradient_checkpointing, gradient_accumulation_steps, report_to, push_to_hub, resume_from_checkpoint (true for
-the last one, or a folder) and so on. Writes to output_dir: the adapter, the tokenizer, README.md (the model card) and
-all_results.json.
+the last complete one, or a folder) and so on. Writes to output_dir: the adapter, the tokenizer, README.md (the model
+card) and all_results.json.
 """
 
 import json
@@ -41,6 +41,7 @@ from peft_moe.callbacks import BalanceScale, RoutingCallback
 from peft_moe.card import model_card, tags_of
 from peft_moe.data import TaskInfo, encode, mix, read_examples, read_task_info, take_per_task
 from peft_moe.evaluation import table
+from peft_moe.resume import last_complete_checkpoint
 from peft_moe.training import TaskCollator, TaskEvaluation, score_with_trainer
 
 
@@ -206,10 +207,7 @@ def main(argv: list[str]) -> None:
         if adapter_args.log_routing != "no":
             trainer.add_callback(RoutingCallback(trainer, per_layer=adapter_args.log_routing == "layers"))
 
-    resume = args.resume_from_checkpoint  # a flag arrives as a string
-    metrics = trainer.train(
-        resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume)
-    ).metrics
+    metrics = trainer.train(resume_from_checkpoint=checkpoint_to_resume(args)).metrics
     trainer.save_metrics("train", metrics)
     trainer.save_state()
     results, split = {}, data_args.test_split or data_args.eval_split
@@ -220,6 +218,21 @@ def main(argv: list[str]) -> None:
     if trainer.is_world_process_zero():
         print(table({adapter_args.method: results}) if results else "No eval_split or test_split to score.")
         print(f"The adapter, its card and all_results.json are in {args.output_dir}.")
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """The folder to go on from, if any: a run that was killed may have left its newest checkpoint half written.
+
+    Raises:
+        ValueError: the last complete checkpoint is asked for, and there is none.
+    """
+    resume = args.resume_from_checkpoint
+    wanted = str(resume).lower()  # a flag arrives as a string
+    if wanted == "true":
+        resume = last_complete_checkpoint(args.output_dir)
+        if resume is None:
+            raise ValueError(f"{args.output_dir} has no complete checkpoint; leave --resume_from_checkpoint out.")
+    return None if wanted == "false" else resume
 
 
 def read_split(data_args: DataArguments, split: str, seed: int) -> Dataset:

@@ -102,14 +102,15 @@ def test_importing_loads_nothing_that_only_training_needs():
 # torch only -> layer -> tuner -> a room per paper -> registration; the tools sit on top.
 ORDER = [
     {"bank", "losses", "routing", "schedule", "stand_in"},
+    {"saved"},
     {"config"},
-    {"blocks", "checkpointing", "entry", "folding", "layer", "mixing", "prompts"},
+    {"blocks", "checkpointing", "entry", "folding", "integrity", "layer", "mixing", "prompts"},
     {"tuner"},
     {"token_routed"},
     {"moelora", "molora", "medmoe"},
     {"grouped"},
     {"_register"},
-    {"calibrate", "card_methods", "directory"},
+    {"calibrate", "card_methods", "directory", "resume"},
     {"compose", "fold", "fold_card", "hotswap"},
     {"metrics", "reading", "arguments", "data"},
     {"callbacks", "evaluation", "training", "card"},

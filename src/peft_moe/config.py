@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
-from peft import PeftConfig
 from peft.utils.other import get_pattern_key
+
+from .saved import SavedConfig
 
 
 class PeftMoeType(str, enum.Enum):
@@ -33,7 +34,7 @@ INITS = (True, False, "normal", "kaiming", "gaussian")
 
 
 @dataclass
-class MoeConfig(PeftConfig):
+class MoeConfig(SavedConfig):
     """Fields shared by the configs of this package; use one of its subclasses.
 
     Args:

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import pad
@@ -29,6 +29,7 @@ from .fold_card import How, errors_section, folded_card
 from .folding import Banks, StateDict, fold_banks, keys_of_banks
 from .grouped.config import GroupedMoeConfig
 from .grouped.routers import fixed_weights
+from .integrity import read_weights, whole
 from .layer import MoeLinear
 from .moelora.config import MoeLoraConfig
 from .moelora.model import weights_of_task
@@ -77,7 +78,8 @@ def fold(
         `out_dir`.
 
     Raises:
-        ValueError: unknown task, weights that depend on the input without calibration, or an adapter of another kind.
+        ValueError: unknown task, weights that depend on the input without calibration, an adapter of another kind, or
+            broken files.
         TypeError: a model that is not a `PeftModel`, such as one that is still wrapped for training.
         FileExistsError: `out_dir` holds files of these names, and `overwrite` is False.
 
@@ -86,8 +88,9 @@ def fold(
         >>> PeftModel.from_pretrained(base_model, "icd-lora")
     """
     adapter = _read(source, adapter_name, hub_kwargs)
-    banks, how = _banks(adapter, task, routing)
-    lora_config, lora_state_dict = to_lora(adapter.config, adapter.state_dict, banks)
+    with whole(source):
+        banks, how = _banks(adapter, task, routing)
+        lora_config, lora_state_dict = to_lora(adapter.config, adapter.state_dict, banks)
     with adapter_directory(Path(out_dir), overwrite=overwrite) as work:
         lora_config.save_pretrained(str(work))
         save_file(lora_state_dict, work / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -213,7 +216,7 @@ def _read(source: PeftModel | str | Path, adapter_name: str | None, hub_kwargs: 
     config = _check(PeftConfig.from_pretrained(str(source), **hub_kwargs), source)
     fixed = isinstance(config, GroupedMoeConfig) and config.group_weights
     control = cast(GroupedMoeConfig, config).control(fixed) if fixed else None
-    return Adapter(config, load_peft_weights(str(source), device="cpu", **hub_kwargs), control)
+    return Adapter(config, read_weights(str(source), **hub_kwargs), control)
 
 
 def _check(config: PeftConfig, source: object) -> MoeConfig:

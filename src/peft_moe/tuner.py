@@ -28,6 +28,7 @@ from .bank import ExpertBank
 from .checkpointing import undo_checkpointing
 from .config import MoeConfig, warn_unmatched
 from .entry import Entry
+from .integrity import adapter_tensors, check_tensors, check_weights_file, names_of_tensors
 from .layer import IN_BASE_EXPERTS, MoeLinear, check_base_layer
 from .mixing import check_adapter_names, wrappers_told
 from .routing import Router, RoutingContext, adapters_of
@@ -58,6 +59,7 @@ class MoeTuner(BaseTuner):
     is_causal = False  # whether the model makes text that goes on from its input
     looked_at_labels = False  # whether labels have been seen to leave prompts
     in_peft_model = False  # else adapters are switched by telling the layers
+    trained_before: Sequence[str] = ()  # parameters that were trained before the last adapter came
 
     @abstractmethod
     def build_router(
@@ -108,13 +110,18 @@ class MoeTuner(BaseTuner):
                 f"adapter_name={adapter_name!r} is also part of the names of modules, so that saving another adapter "
                 "would lose weights; choose a name that no module has."
             )
+        config: Any = self.peft_config[adapter_name]
+        if config.read_from is not None:  # its weights are loaded next, and peft would leave it in if that failed
+            heads = [key for key, module in modules_outside_adapters(model) if any(True for _ in module.parameters())]
+            named = config.modules_to_save or ()
+            check_weights_file(config.read_from, [n for n in named if any(f".{k}".endswith(f".{n}") for k in heads)])
         if not any(isinstance(m, MoeLinear) and adapter_name in m.moelora_bank for m in model.modules()):
             self.context.forget(adapter_name)  # of this name, which transformers deletes without telling
+        self.trained_before = [name for name, p in model.named_parameters() if p.requires_grad]
         others = [(p, p.requires_grad) for p in self.moelora_router.parameters()]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        config: Any = self.peft_config[adapter_name]
-        self.context.know(adapter_name, config)
+        self.context.know(adapter_name, self.peft_config[adapter_name])
         for parameter, requires_grad in others:  # a new adapter leaves the others as they were, as peft has it
             parameter.requires_grad = requires_grad
 
@@ -229,12 +236,14 @@ class MoeTuner(BaseTuner):
                 self.moelora_router[name].requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         if adapter_name in self.moelora_router:
             del self.moelora_router[adapter_name]
         self.context.forget(adapter_name)
         self.calibrations.pop(adapter_name, None)
-        self._sync_routers()
+        if was_active:  # another one is now, and is trained
+            self._sync_routers()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -261,6 +270,23 @@ class MoeTuner(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         ours = re.sub(rf"(^|\.)(moelora_(?:bank|router))\.{re.escape(adapter_name)}\.", r"\1\2.", key, count=1)
         return ours if ours != key else super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MoeConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """As in peft; the last thing that runs before weights are loaded, so they are checked here."""
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        wanted = adapter_tensors(model, adapter_name)
+        try:
+            if wanted is not None:
+                check_tensors(wanted, found, set(names_of_tensors(model)), adapter_name)
+        except ValueError:
+            if config.read_from is not None and isinstance(model, PeftModel):
+                take_out(model, adapter_name)
+            raise
+        config.read_from = None
+        return cast("dict[str, torch.Tensor]", found)
 
     # calls
 
@@ -369,6 +395,17 @@ class MoeTuner(BaseTuner):
         for method in ("forward", "generate"):
             Entry.remove(model, method)
         return model
+
+
+def take_out(model: PeftModel, adapter_name: str) -> None:
+    """Leave the model as it was before an adapter was put in whose weights could not be loaded."""
+    if list(model.peft_config) != [adapter_name]:
+        model.delete_adapter(adapter_name)
+        return
+    tuner = cast(MoeTuner, model.base_model)
+    base = cast(nn.Module, tuner.unload())
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(name in tuner.trained_before)
 
 
 def warn_of_base_experts(model: nn.Module) -> None:
