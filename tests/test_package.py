@@ -101,7 +101,7 @@ def test_importing_loads_nothing_that_only_training_needs():
 
 # torch only -> layer -> tuner -> a room per paper -> registration; the tools sit on top.
 ORDER = [
-    {"bank", "losses", "routing", "schedule"},
+    {"bank", "checks", "losses", "routing", "schedule"},
     {"config"},
     {"blocks", "checkpointing", "entry", "folding", "layer", "prompts"},
     {"tuner"},

@@ -11,7 +11,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .config import MoeConfig, check_fraction, check_tasks, names_of
+from .checks import check_fraction, check_tasks
+from .config import MoeConfig, names_of
 from .layer import MoeLinear, not_mergeable
 from .losses import BALANCE_LOSSES
 from .routing import BalanceTerm, RoutingStatistics, TokenRouter
@@ -56,7 +57,7 @@ class TokenRoutedConfig(MoeConfig):
         known = ["none", *BALANCE_LOSSES]
         names = self.balance_loss if isinstance(self.balance_loss, dict) else [self.balance_loss]
         for name in names:
-            if name not in (known[1:] if isinstance(self.balance_loss, dict) else known):
+            if not isinstance(name, str) or name not in (known[1:] if isinstance(self.balance_loss, dict) else known):
                 raise ValueError(f"balance_loss={self.balance_loss!r} is not known; use one of {known}.")
         if isinstance(self.balance_loss, dict):
             for name, value in self.balance_loss.items():
@@ -65,7 +66,7 @@ class TokenRoutedConfig(MoeConfig):
     def _check_groups(self) -> None:
         groups = self.expert_groups
         if groups is not None:
-            if not isinstance(groups, dict) or not all(isinstance(tasks, (list, tuple)) for tasks in groups.values()):
+            if not isinstance(groups, dict) or not all(map(_is_group, groups.items())):
                 raise ValueError(f"expert_groups={groups!r}; give {{'group': ['task', ...], ...}}.")
             # sorted, as peft writes them: experts go to groups by position, and have to find theirs again when loaded
             self.expert_groups = groups = {group: list(tasks) for group, tasks in sorted(groups.items())}
@@ -104,6 +105,11 @@ class TokenRoutedConfig(MoeConfig):
     def default_task(self) -> None:
         """Labels are never made up."""
         return None
+
+
+def _is_group(entry: tuple[object, object]) -> bool:
+    name, tasks = entry
+    return isinstance(name, str) and isinstance(tasks, (list, tuple)) and all(isinstance(t, str) for t in tasks)
 
 
 def balance_terms(config: TokenRoutedConfig) -> list[BalanceTerm]:

@@ -31,7 +31,7 @@ def task_index(task: Task, names: Sequence[str]) -> int:
     elif isinstance(task, int) and not isinstance(task, bool):
         if 0 <= task < len(names):
             return task
-    elif hasattr(task, "item"):  # a numpy integer or a tensor of one element
+    elif hasattr(task, "item") and getattr(task, "ndim", 0) == 0:  # a numpy integer or a tensor of one number
         return task_index(task.item(), names)
     else:
         raise TypeError(f"{task!r} is no task id; give a name or a position, or a list with one of them per row.")
