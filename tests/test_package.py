@@ -103,7 +103,7 @@ def test_importing_loads_nothing_that_only_training_needs():
 ORDER = [
     {"bank", "checks", "losses", "routing", "schedule"},
     {"config"},
-    {"blocks", "checkpointing", "entry", "folding", "layer", "prompts"},
+    {"blocks", "checkpointing", "entry", "folding", "layer", "matching", "prompts"},
     {"tuner"},
     {"token_routed"},
     {"moelora", "molora", "medmoe"},

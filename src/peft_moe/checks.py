@@ -82,7 +82,7 @@ def check_modules(name: str, value: object) -> None:
 
 def check_layers(value: object) -> None:
     """Raise a ValueError unless `value` is an index of a layer or a list of them."""
-    indices = value if isinstance(value, (list, tuple)) else [value]
+    indices: list[Any] | tuple[Any, ...] = value if isinstance(value, (list, tuple)) else [value]
     if not all(is_whole(i) and i >= 0 for i in indices):
         raise ValueError(
             f"layers_to_transform={value!r}; give the index of a layer, counted from 0, or a list of them."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
@@ -203,14 +202,3 @@ class MoeConfig(PeftConfig):
 def names_of(tasks: list[str] | int | None) -> list[str]:
     """Names of the tasks by id; `"0"`, `"1"`, … where only their number is known."""
     return [str(i) for i in range(tasks)] if isinstance(tasks, int) else tasks or []
-
-
-def warn_unmatched(pattern: dict[str, int], keys: list[str]) -> None:
-    """Warn of `num_experts_pattern` keys that no targeted module has, as peft does for `rank_pattern`."""
-    unmatched = [p for p in pattern if not any(get_pattern_key([p], key) == p for key in keys)]
-    if unmatched:
-        warnings.warn(
-            f"num_experts_pattern keys {unmatched} match no targeted module and have no effect.",
-            RuntimeWarning,
-            stacklevel=2,
-        )

@@ -7,20 +7,21 @@ are multiplied by ω_ji and the scaling, and a LoRA of the same rank with `lora_
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import pad
 
-from .directory import adapter_directory
+from .directory import adapter_directory, read_config
 from .folding import StateDict, WeightsAt, fold_banks
 from .grouped.config import GroupedMoeConfig
 from .grouped.routers import fixed_weights
@@ -69,13 +70,17 @@ def fold(
 
     Raises:
         ValueError: unknown task, weights that still depend on the input, or an adapter of another kind.
-        TypeError: a model that is not a `PeftModel`, such as one that is still wrapped for training.
+        TypeError: a model that is not a `PeftModel`, such as one that is still wrapped for training; an argument that
+            is none.
         FileExistsError: `out_dir` holds files of these names, and `overwrite` is False.
 
     Example:
         >>> fold(model, "icd-lora", task="icd")
         >>> PeftModel.from_pretrained(base_model, "icd-lora")
     """
+    known = inspect.signature(hf_hub_download).parameters
+    if unknown := sorted(name for name in hub_kwargs if name not in known or isinstance(source, PeftModel)):
+        raise TypeError(f"fold has no argument {unknown[0]!r} here; other ones than its own are for a Hub id alone.")
     config, state_dict, control = _read(source, adapter_name, hub_kwargs)
     if isinstance(config, MoeLoraConfig):
         if task is None or routing is not None:
@@ -132,7 +137,9 @@ def _read(
         raise TypeError(
             f"fold takes a PeftModel or a directory, not a {type(source).__name__}; unwrap the model first."
         )
-    config = _check(PeftConfig.from_pretrained(str(source), **hub_kwargs), source)
+    if not isinstance(source, (str, Path)):
+        raise TypeError(f"fold takes a PeftModel, a directory or a Hub id, not a {type(source).__name__}.")
+    config = _check(read_config(source, **hub_kwargs), source)
     control = None
     if isinstance(config, GroupedMoeConfig) and config.group_weights:
         control = config.control(config.group_weights)

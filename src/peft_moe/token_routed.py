@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .checks import check_fraction, check_tasks
+from .checks import check_flag, check_fraction, check_tasks
 from .config import MoeConfig, names_of
 from .layer import MoeLinear, not_mergeable
 from .losses import BALANCE_LOSSES
@@ -194,7 +194,7 @@ class TokenRoutedTuner(MoeTuner):
 
     def routers(self, adapter_name: str | None = None) -> Iterator[tuple[str, TokenRouter]]:
         """Names of an adapter's routed layers, and their routers; by default of the active adapter."""
-        adapter_name = self.active_adapters[0] if adapter_name is None else adapter_name
+        adapter_name = self.active_adapters[0] if adapter_name is None else self.known_adapters([adapter_name])[0]
         for key, layer in self.model.named_modules():
             if isinstance(layer, MoeLinear) and isinstance(router := layer.router_of(adapter_name), TokenRouter):
                 yield key, router
@@ -205,9 +205,14 @@ class TokenRoutedTuner(MoeTuner):
         Args:
             enabled: start or stop.
             adapters: whose routers; None for all adapters.
+
+        Raises:
+            ValueError, TypeError: `enabled` is neither True nor False, or `adapters` are none of this model's.
         """
+        check_flag("enabled", enabled)
+        names = self.known_adapters(list(self.peft_config) if adapters is None else adapters)
         self.recording = enabled
-        for adapter in self.peft_config if adapters is None else adapters:
+        for adapter in names:
             for _, router in self.routers(adapter):
                 if enabled:
                     router.record(cast(TokenRoutedConfig, self.peft_config[adapter]).task_names)

@@ -26,9 +26,10 @@ from transformers.pytorch_utils import Conv1D
 
 from .bank import ExpertBank
 from .checkpointing import undo_checkpointing
-from .config import MoeConfig, warn_unmatched
+from .config import MoeConfig
 from .entry import Entry
 from .layer import MoeLinear, check_base_layer
+from .matching import check_saved_modules, check_trained_tokens, warn_unmatched
 from .routing import Router, RoutingContext
 
 # Names in our own state-dict keys: an adapter called so would be taken for one of them when another adapter is saved.
@@ -37,6 +38,14 @@ RESERVED = {"moelora_bank", "moelora_router", "gate", "embedding", "proj", "lora
 SEQUENCE_FIRST = {"chatglm", "fsmt", "led", "longformer", "transfo-xl", "xlnet"}
 # Linear layers of a base model's own experts: their inputs are tokens picked from all rows.
 IN_BASE_EXPERTS = re.compile(r"(^|\.)experts\.(expert_)?\d+(\.|$)")
+# Methods that only some tuners have, and whose they are.
+METHODS = {
+    **dict.fromkeys(("set_task", "task"), "MOELoRA, which is told tasks"),
+    **dict.fromkeys(
+        ("record_routing", "routing_statistics", "set_balance_scale"), "MoLoRA and Med-MoE-LoRA, which choose by tokens"
+    ),
+    **dict.fromkeys(("set_group_weights", "routing", "explain"), "AT-MoE, which weighs named groups"),
+}
 # Their output projection hands its weight to a fused kernel and is never called.
 MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 
@@ -94,6 +103,11 @@ class MoeTuner(BaseTuner):
                 Entry.install(model, method, self)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if not adapter_name or "." in adapter_name:
+            raise ValueError(
+                f"adapter_name={adapter_name!r} becomes a part of the names of tensors, between two dots; choose one "
+                "without a dot that is not empty."
+            )
         # peft tells adapters' tensors apart by name, and would take those of such a module for this adapter's.
         names = {part for key, _ in modules_outside_adapters(model) for part in key.split(".") if "moelora_" not in key}
         if adapter_name in RESERVED | names or adapter_name.isdigit():
@@ -128,9 +142,12 @@ class MoeTuner(BaseTuner):
             if self._check_target_module_exists(peft_config, key):
                 check_base_layer(module, key)
                 keys.append(key)
-        peft_config.resolve_layers([key for key, _ in modules_outside_adapters(model)], keys)
+        every = dict(modules_outside_adapters(model))
+        peft_config.resolve_layers(list(every), keys)
         self.check_routing(peft_config, keys)
-        warn_unmatched(peft_config.num_experts_pattern, keys)
+        check_trained_tokens(peft_config, model, every)
+        check_saved_modules(peft_config, list(every))
+        warn_unmatched(peft_config, keys)
 
     @abstractmethod
     def check_routing(self, config: MoeConfig, keys: list[str]) -> None:
@@ -255,6 +272,14 @@ class MoeTuner(BaseTuner):
 
     # calls
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name in METHODS:
+                raise AttributeError(f"{type(self).__name__} has no {name!r}: that is for {METHODS[name]}.") from error
+            raise
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """peft calls this around forward and generate; without it, `adapter_names` would be ignored."""
@@ -268,6 +293,21 @@ class MoeTuner(BaseTuner):
 
     # merging
 
+    def known_adapters(self, adapter_names: Sequence[str] | None) -> Sequence[str]:
+        """Names of adapters; None for the active ones.
+
+        Raises:
+            TypeError: not a list.
+            ValueError: there is none of such a name, so that nothing would be done for it.
+        """
+        if adapter_names is None:
+            return self.active_adapters
+        if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
+            raise TypeError(f"Names of adapters should be a list of strings, got {adapter_names!r}.")
+        if unknown := [name for name in adapter_names if name not in self.peft_config]:
+            raise ValueError(f"There is no adapter {unknown[0]!r}; the model has {sorted(self.peft_config)}.")
+        return adapter_names
+
     def check_mergeable(self, adapter_name: str) -> None:
         """Raise a ValueError if what an adapter adds depends on the input."""
 
@@ -277,7 +317,7 @@ class MoeTuner(BaseTuner):
         Raises:
             ValueError: what an adapter adds depends on the input; nothing is merged then.
         """
-        for name in self.active_adapters if adapter_names is None else adapter_names:
+        for name in self.known_adapters(adapter_names):
             self.check_mergeable(name)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -289,7 +329,7 @@ class MoeTuner(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            for name in self.active_adapters if adapter_names is None else adapter_names:
+            for name in self.known_adapters(adapter_names):
                 self.check_mergeable(name)
         unloaded = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names

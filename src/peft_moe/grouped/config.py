@@ -137,15 +137,19 @@ class GroupedMoeConfig(MoeConfig):
         """Refuse the field that a saved config brings if it is not as it was written."""
         if self.expert_layout is None:
             return
-        whole = isinstance(self.expert_layout, list) and self.expert_layout and all(
-            isinstance(entry, Mapping)
-            and entry.keys() == {"ranks", "scaling", "modules"}
-            and all(isinstance(values, (list, tuple)) for values in entry.values())
-            and all(isinstance(key, str) for key in entry["modules"])
-            and all(is_whole(rank) and rank >= 0 for rank in entry["ranks"])
-            and all(map(is_number, entry["scaling"]))
-            and len(entry["ranks"]) == len(entry["scaling"]) == len(self.sources)
-            for entry in self.expert_layout
+        whole = (
+            isinstance(self.expert_layout, list)
+            and self.expert_layout
+            and all(
+                isinstance(entry, Mapping)
+                and entry.keys() == {"ranks", "scaling", "modules"}
+                and all(isinstance(values, (list, tuple)) for values in entry.values())
+                and all(isinstance(key, str) for key in entry["modules"])
+                and all(is_whole(rank) and rank >= 0 for rank in entry["ranks"])
+                and all(map(is_number, entry["scaling"]))
+                and len(entry["ranks"]) == len(entry["scaling"]) == len(self.sources)
+                for entry in self.expert_layout
+            )
         )
         if not whole:
             raise ValueError(

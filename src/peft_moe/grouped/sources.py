@@ -95,7 +95,9 @@ def check_source(name: str, source: Any) -> Any:
         raise ValueError(f"{name} has {unknown} in its source; known are {list(ENTRIES)}.")
     for key, value in entries.items():
         if value is not None and not isinstance(value, KINDS.get(key, str)):
-            raise ValueError(f"{name} has {key}={value!r} in its source, which is a {type(value).__name__}; give a text.")
+            raise ValueError(
+                f"{name} has {key}={value!r} in its source, which is a {type(value).__name__}; give a text."
+            )
     return {**entries, "source": str(entries["source"])}
 
 
@@ -115,6 +117,8 @@ def read_expert(source: Any, *, name: str = "expert") -> Expert:
         >>> read_expert("me/triage-lora").layers.keys()
     """
     entries = check_source(name, source)
+    if entries is None:
+        raise ValueError(f"{name} has no source; give a folder or Hub id, or {{'source': ..., 'revision': ...}}.")
     if isinstance(entries, Expert):
         return entries
     where = f"{name} ({entries['source']})"

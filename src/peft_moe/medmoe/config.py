@@ -104,7 +104,9 @@ class MedMoeLoraConfig(TokenRoutedConfig):
             self.expert_ranks = list(self.expert_ranks)
         if self.experts_per_layer is not None:
             given = self.experts_per_layer
-            lists = isinstance(given, dict) and all(isinstance(k, str) and isinstance(v, list) for k, v in given.items())
+            lists = isinstance(given, dict) and all(
+                isinstance(k, str) and isinstance(v, list) for k, v in given.items()
+            )
             if not lists:
                 raise ValueError(f"experts_per_layer={given!r}; it is set by itself, leave it out.")
             for stack, counts in given.items():

@@ -16,7 +16,7 @@ from .call import HOW, Call, Tasks, View
 from .control import Control
 from .ledger import Ledger, OutsideScale
 from .prompt import Prompt
-from .tasks import Task, TaskIds, encode_tasks, list_tasks
+from .tasks import Task, TaskIds, encode_choice, encode_tasks, list_tasks
 
 # Attribute of a cache of keys and values: the `Prompt` that it begins with.
 IN_CACHE = "_peft_moe_prompt"
@@ -232,8 +232,7 @@ class RoutingContext:
 
     def _encode(self, adapter: str, task: Task | Sequence[Task]) -> torch.Tensor:
         """A task, or several for the same rows, as ids (1,) or (1, k)."""
-        several = isinstance(task, Sequence) and not isinstance(task, str)
-        return encode_tasks([task] if several else task, self._tasks[adapter].task_names)
+        return encode_choice(task, self._tasks[adapter].task_names)
 
     def _chosen_or_default(self, adapter: str) -> torch.Tensor | None:
         if self._chosen is None:
