@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
 
@@ -21,30 +20,28 @@ HEADS = {
 }
 
 
-def warn_unmatched(config: MoeConfig, keys: Sequence[str]) -> None:
-    """Warn of what a config names and the targeted modules at `keys` do not have, as peft does for `rank_pattern`."""
-    for name in ("num_experts_pattern", "target_modules", "layers_to_transform") if keys else ():
-        unmatched = [entry for entry in _entries(config, name) if not _matches(name, entry, keys)]
-        if unmatched:
-            kind = "keys " if name.endswith("_pattern") else ""
-            warnings.warn(
-                f"{name} {kind}{unmatched} match no targeted module and have no effect.", RuntimeWarning, stacklevel=2
-            )
+def warn_unmatched(config: MoeConfig, keys: Sequence[str], every: Sequence[str]) -> None:
+    """Warn of what a config names and the model does not have, as peft does for `rank_pattern`.
 
-
-def _entries(config: MoeConfig, name: str) -> list[Any]:
-    value = getattr(config, name)
-    if value is None or isinstance(value, str):
-        return []
-    return [value] if isinstance(value, int) else sorted(value)
-
-
-def _matches(name: str, entry: Any, keys: Sequence[str]) -> bool:
-    if name == "num_experts_pattern":
-        return any(get_pattern_key([entry], key) == entry for key in keys)
-    if name == "target_modules":
-        return entry == INCLUDE_LINEAR_LAYERS_SHORTHAND or any(k == entry or k.endswith(f".{entry}") for k in keys)
-    return any(layer is not None and layer[1] == entry for layer in map(layer_of, keys))
+    Args:
+        config: the config.
+        keys: names of the targeted modules.
+        every: names of all modules; targets that other fields leave out are meant to be.
+    """
+    targets: set[str] = config.target_modules if isinstance(config.target_modules, set) else set()
+    layers = config.layers_to_transform
+    layers = [layers] if isinstance(layers, int) else layers or []
+    found = {layer[1] for layer in map(layer_of, keys) if layer}
+    unmatched = {
+        "num_experts_pattern keys": [
+            p for p in config.num_experts_pattern or () if not any(get_pattern_key([p], key) == p for key in keys)
+        ],
+        "target_modules": sorted(t for t in targets if not any(k == t or k.endswith(f".{t}") for k in every)),
+        "layers_to_transform": [layer for layer in layers if layer not in found],
+    }
+    for what, names in unmatched.items():
+        if names and keys:  # with none at all, peft raises an error
+            warnings.warn(f"{what} {names} match nothing and have no effect.", RuntimeWarning, stacklevel=2)
 
 
 def check_saved_modules(config: MoeConfig, keys: Sequence[str]) -> None:

@@ -147,7 +147,7 @@ class MoeTuner(BaseTuner):
         self.check_routing(peft_config, keys)
         check_trained_tokens(peft_config, model, every)
         check_saved_modules(peft_config, list(every))
-        warn_unmatched(peft_config, keys)
+        warn_unmatched(peft_config, keys, list(every))
 
     @abstractmethod
     def check_routing(self, config: MoeConfig, keys: list[str]) -> None:
