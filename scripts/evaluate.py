@@ -56,6 +56,8 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         if self.model_name_or_path is None and self.adapter is None:
             raise ValueError("Nothing to score; give --model_name_or_path, --adapter, or both.")
+        if self.output is not None and Path(self.output).is_dir():
+            raise ValueError(f"output={self.output!r} is a folder; name a JSON file to write.")
         if self.split is None and not Path(self.dataset).is_file():
             self.split = "test"
 

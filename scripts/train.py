@@ -167,20 +167,35 @@ class AdapterArguments:
         own = {"method", "target_modules", "tasks", "stage1", "adapter_options", "log_routing"}
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
         given = {name: value for name, value in given.items() if value is not None}
-        given |= json.loads(self.adapter_options or "{}")
+        options = read_json("adapter_options", self.adapter_options or "{}")
+        if not isinstance(options, dict):
+            raise ValueError(f"--adapter_options={self.adapter_options!r} holds no names; write a mapping of fields.")
+        given |= options
         config_cls = METHODS[self.method]
         known = {f.name for f in fields(config_cls)}
         if foreign := sorted(given.keys() - known):
             raise ValueError(f"--method {self.method} has no {', '.join(foreign)}; leave out what is of other methods.")
         for name, value in given.items():
             if isinstance(value, str) and value.startswith(("{", "[")):
-                given[name] = json.loads(value)
+                given[name] = read_json(name, value)
         targets: list[str] | str | None = self.target_modules
         if targets == ["all-linear"] or (targets is None and config_cls is not GroupedMoeConfig):
             targets = "all-linear"
         if "tasks" in known:
             given["tasks"] = tasks
         return config_cls(task_type="CAUSAL_LM", target_modules=targets, **given)
+
+
+def read_json(name: str, text: str) -> Any:
+    """What a flag says in JSON.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--{name}={text!r} is no JSON ({error}); keys and texts need double quotes.") from None
 
 
 def main(argv: list[str]) -> None:

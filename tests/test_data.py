@@ -247,12 +247,14 @@ def test_proportional_mixing_is_a_shuffle_and_the_seed_decides():
 def test_mixing_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match=r"'even' is unknown; use one of \['proportional'"):
         mix(make_examples(a=2), strategy="even")
-    with pytest.raises(ValueError, match="temperature=0 must be positive"):
+    with pytest.raises(ValueError, match="temperature=0 must be a number from 0.1 up"):
         mix(make_examples(a=2), strategy="temperature", temperature=0)
 
 
 def test_the_first_rows_of_each_task_are_taken_in_order():
     examples = Dataset.from_dict({"task": ["a", "b", "a", "a", "b"], "row": [0, 1, 2, 3, 4]})
     assert take_per_task(examples, 2)["row"][:] == [0, 1, 2, 4]
-    with pytest.raises(ValueError, match="limit=0 leaves no rows"):
+    with pytest.raises(
+        ValueError, match="limit=0 is how many rows of each task to take; give a whole number from 1 up"
+    ):
         take_per_task(examples, 0)

@@ -101,10 +101,10 @@ def test_importing_loads_nothing_that_only_training_needs():
 
 # torch only -> layer -> tuner -> a room per paper -> registration; the tools sit on top.
 ORDER = [
-    {"bank", "losses", "routing", "schedule", "stand_in"},
+    {"bank", "checks", "losses", "routing", "schedule", "stand_in"},
     {"saved"},
     {"config"},
-    {"blocks", "checkpointing", "entry", "folding", "integrity", "layer", "mixing", "prompts"},
+    {"blocks", "checkpointing", "entry", "folding", "integrity", "layer", "matching", "mixing", "prompts"},
     {"tuner"},
     {"token_routed"},
     {"moelora", "molora", "medmoe"},

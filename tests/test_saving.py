@@ -290,7 +290,7 @@ def test_what_cannot_be_injected_leaves_the_model_alone(fields, message):
 
 
 def test_a_pattern_that_matches_nothing_warns():
-    with pytest.warns(RuntimeWarning, match=r"num_experts_pattern keys \['nope'\] match no targeted module"):
+    with pytest.warns(RuntimeWarning, match=r"num_experts_pattern keys \['nope'\] match nothing"):
         routed("llama", num_experts_pattern={"nope": 2, "q_proj": 2})
 
 

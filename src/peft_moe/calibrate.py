@@ -19,7 +19,7 @@ from torch import nn
 from transformers.utils.logging import tqdm
 
 from .bank import ExpertBank
-from .config import check_count
+from .checks import check_count
 from .layer import MoeLinear
 from .routing import TaskRouter
 from .stand_in import Moments, StandIn, compress, least_squares

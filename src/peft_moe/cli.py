@@ -83,16 +83,12 @@ def _compose(arguments: argparse.Namespace) -> None:
 
 def _fold(arguments: argparse.Namespace) -> None:
     """Write an adapter under a task or fixed weights as a stock LoRA that peft and servers load without peft_moe."""
-    from peft import PeftConfig
-
     from . import GroupedMoeConfig, MoeConfig
+    from .directory import read_config
     from .fold import fold
 
     hub = {"revision": arguments.revision} if arguments.revision else {}
-    try:
-        config = PeftConfig.from_pretrained(arguments.adapter, **hub)
-    except KeyError as error:  # what peft makes of an adapter type it does not know
-        raise ValueError(f"{arguments.adapter} is an adapter of type {error}, which peft does not know") from None
+    config = read_config(arguments.adapter, **hub)
     if arguments.calibrate:
         model = _calibrated(arguments, hub)
         fold(model, arguments.out, overwrite=arguments.overwrite)

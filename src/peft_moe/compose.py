@@ -56,12 +56,17 @@ def from_loras(
 
     Raises:
         ValueError, FileNotFoundError: sources that cannot be experts, with the reason; the model is as it was.
+        TypeError: no model, or a field that `GroupedMoeConfig` does not have.
 
     Example:
         >>> model = PeftModel.from_pretrained(base_model, "loras/triage", adapter_name="triage")
         >>> model.load_adapter("loras/concise", "concise")
         >>> model = from_loras(model, {"function": {"triage": "triage"}, "style": {"concise": "concise"}})
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"from_loras takes a model, and {model!r} is a {type(model).__name__}; load the base model first."
+        )
     loaded = model if isinstance(model, PeftModel) else None
     if loaded is not None and not isinstance(loaded.base_model, LoraModel):
         raise ValueError(

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import enum
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
 from peft.utils.other import get_pattern_key
 
+from .checks import (
+    as_names,
+    check_count,
+    check_flag,
+    check_layers,
+    check_modules,
+    check_pattern,
+    check_regex,
+    check_text,
+    check_token_indices,
+    is_number,
+)
 from .saved import SavedConfig
 
 
@@ -83,15 +94,39 @@ class MoeConfig(SavedConfig):
     bias: Literal["none"] = "none"
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         super().__post_init__()
-        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
-        self.num_experts_pattern = self.num_experts_pattern or {}
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as peft keeps it
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), (list, tuple)):
+                setattr(self, name, set(getattr(self, name)))  # as peft keeps it
         self._check_targets()
         self._check_numbers()
+
+    def _check_kinds(self) -> None:
+        """Refuse what is not of the kind that a field is; what peft and JSON take in one form only is put into it."""
+        for name in ("task_type", "peft_version", "base_model_name_or_path", "revision"):
+            check_text(name, getattr(self, name))
+        for name in ("inference_mode", "use_rslora", "fan_in_fan_out"):
+            check_flag(name, getattr(self, name))
+        for name in ("target_modules", "exclude_modules"):
+            if getattr(self, name) is not None:
+                check_modules(name, getattr(self, name))
+        if self.layers_to_transform is not None:
+            check_layers(self.layers_to_transform)
+        if isinstance(self.layers_to_transform, tuple):
+            self.layers_to_transform = list(self.layers_to_transform)
+        if self.layers_pattern is not None and not isinstance(self.layers_pattern, str):
+            self.layers_pattern = as_names("layers_pattern", self.layers_pattern, may_be_empty=True)
+        for regex in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
+            check_regex("layers_pattern", regex)
+        if self.modules_to_save is not None:
+            self.modules_to_save = as_names("modules_to_save", self.modules_to_save, may_be_empty=True)
+            for regex in self.modules_to_save:
+                check_regex("modules_to_save", regex)
+        if self.trainable_token_indices is not None:
+            check_token_indices(self.trainable_token_indices)
+        for name in ("rank_pattern", "alpha_pattern", "num_experts_pattern"):
+            setattr(self, name, check_pattern(name, getattr(self, name)))
 
     def _check_targets(self) -> None:
         if isinstance(self.target_modules, str):
@@ -112,7 +147,7 @@ class MoeConfig(SavedConfig):
         for field_name, what in (("num_experts_pattern", "a number of experts"), ("rank_pattern", "a rank")):
             for key, value in getattr(self, field_name).items():
                 check_count(f"{field_name}[{key!r}]", value, what)
-        if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
+        if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ValueError(
                 f"lora_dropout={self.lora_dropout!r} is a probability; give a number from 0 up to, not including, 1."
             )
@@ -120,11 +155,12 @@ class MoeConfig(SavedConfig):
             *([("lora_alpha", self.lora_alpha)] if self.lora_alpha is not None or not self.alpha_by_rank else []),
             *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
         ]:
-            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+            if not is_number(alpha) or alpha <= 0:
                 raise ValueError(f"{name}={alpha!r} scales the adapter; give a number above 0.")
-        if not any(self.init_lora_weights is init for init in INITS[:2]) and self.init_lora_weights not in INITS[2:]:
+        named = isinstance(self.init_lora_weights, str) and self.init_lora_weights in INITS
+        if not isinstance(self.init_lora_weights, bool) and not named:
             raise ValueError(f"init_lora_weights={self.init_lora_weights!r} is not known; use one of {INITS}.")
-        if self.bias != "none":
+        if not isinstance(self.bias, str) or self.bias != "none":
             raise ValueError(f"bias={self.bias!r}: biases cannot be given to one expert or one task; use bias='none'.")
 
     def experts_at(self, key: str) -> Experts:
@@ -163,52 +199,6 @@ class MoeConfig(SavedConfig):
         return pattern.get(get_pattern_key(list(pattern), key), default)
 
 
-def check_tasks(tasks: object) -> list[str] | int:
-    """The value of a `tasks` field; raise a ValueError unless it is a list of unique names or a number."""
-    if isinstance(tasks, int):
-        check_count("tasks", tasks, "a number of tasks or a list of names")
-        return tasks
-    # a set has no order that would outlive this process
-    if not isinstance(tasks, (list, tuple)) or not tasks or not all(isinstance(t, str) and t for t in tasks):
-        raise ValueError(f"tasks={tasks!r}; give a list of the tasks' names, or how many there are.")
-    names = list(tasks)
-    twice = sorted({t for t in names if names.count(t) > 1})
-    if twice:
-        raise ValueError(f"tasks names {twice} more than once; a task has one id, so name each once.")
-    return names
-
-
 def names_of(tasks: list[str] | int | None) -> list[str]:
     """Names of the tasks by id; `"0"`, `"1"`, … where only their number is known."""
     return [str(i) for i in range(tasks)] if isinstance(tasks, int) else tasks or []
-
-
-def check_fraction(name: str, value: object, what: str, *, low: float = 0, high: float = math.inf) -> None:
-    """Raise a ValueError unless `value` is a number with `low <= value <= high`, finite."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not low <= value <= high:  # type: ignore[operator]
-        limits = f"from {low:g} up" if math.isinf(high) else f"from {low:g} to {high:g}"
-        raise ValueError(f"{name}={value!r} is {what}; give a number {limits}.")
-
-
-def check_flag(name: str, value: object) -> None:
-    """Raise a ValueError unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} is a yes or no; give True or False.")
-
-
-def check_count(name: str, value: object, what: str) -> None:
-    """Raise a ValueError unless `value` is a whole number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} is {what}; give a whole number from 1 up.")
-
-
-def warn_unmatched(pattern: dict[str, int], keys: list[str]) -> None:
-    """Warn of `num_experts_pattern` keys that no targeted module has, as peft does for `rank_pattern`."""
-    unmatched = [p for p in pattern if not any(get_pattern_key([p], key) == p for key in keys)]
-    if unmatched:
-        warnings.warn(
-            f"num_experts_pattern keys {unmatched} match no targeted module and have no effect.",
-            RuntimeWarning,
-            stacklevel=2,
-        )

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from .checks import check_count, is_number
 from .reading import Message, TaskInfo, read_examples, read_task_info
 
 if TYPE_CHECKING:
@@ -34,8 +35,7 @@ def task_key(task: str | Sequence[str]) -> str:
 
 def take_per_task(examples: Dataset, limit: int) -> Dataset:
     """The first `limit` rows of each task, in the order of `examples`; a `ValueError` if limit is below 1."""
-    if limit < 1:
-        raise ValueError(f"limit={limit} leaves no rows; use 1 or more.")
+    check_count("limit", limit, "how many rows of each task to take")
     return examples.select(sorted(index for rows in _rows_of_tasks(examples).values() for index in rows[:limit]))
 
 
@@ -51,12 +51,19 @@ def encode(
         max_length: tokens per row. Longer rows lose the start of their prompt, never of their answer.
 
     Returns rows of `input_ids`, `attention_mask`, `labels` (-100 outside the answer and its end token) and, given
-    tasks, `task_ids` (an index into tasks, or a list of them if rows have several). Raises `ValueError` for a task that
-    is not in tasks, an answer longer than max_length, and a chat template that does not continue its own prompt.
+    tasks, `task_ids` (an index into tasks, or a list of them if rows have several). Raises `ValueError` for no rows or
+    other ones, a task that is not in tasks, an answer longer than max_length, and a chat template that does not
+    continue its own prompt.
 
     Example:
         `encode(read_examples("data/medmulti/tiny"), tokenizer, tasks=config.task_names)`
     """
+    check_count("max_length", max_length, "the longest row in tokens")
+    if not len(examples) or not {"task", "messages"} <= set(examples.column_names):
+        raise ValueError(
+            f"{len(examples)} rows of {examples.column_names} cannot be encoded; give rows of task and messages, as "
+            "read_examples makes them."
+        )
     if tasks is not None:
         check_tasks(examples, tasks)
 
@@ -134,7 +141,7 @@ def mix(examples: Dataset, *, strategy: Strategy = "proportional", temperature: 
         temperature: 1 is proportional, large values approach uniform.
         seed: the same seed gives the same rows in the same order.
 
-    Raises `ValueError` for an unknown strategy or a temperature that is not positive.
+    Raises `ValueError` for an unknown strategy, a temperature below 0.1, or no rows.
 
     Example:
         `mix(read_examples("data/medmulti/tiny"), strategy="temperature", temperature=2.0, seed=0)`
@@ -143,12 +150,17 @@ def mix(examples: Dataset, *, strategy: Strategy = "proportional", temperature: 
 
     if strategy not in get_args(Strategy):
         raise ValueError(f"strategy={strategy!r} is unknown; use one of {list(get_args(Strategy))}.")
-    if temperature <= 0:
-        raise ValueError(f"temperature={temperature} must be positive; 1 is proportional, large values are uniform.")
+    if not is_number(temperature) or temperature < 0.1:  # where small tasks would hardly ever be drawn
+        raise ValueError(
+            f"temperature={temperature!r} must be a number from 0.1 up; 1 is proportional, large values are uniform."
+        )
+    if not len(examples):
+        raise ValueError("There are no rows to mix; give at least one.")
     if strategy == "proportional":
         return examples.shuffle(seed=seed)
     parts = [examples.select(rows).shuffle(seed=seed) for rows in _rows_of_tasks(examples).values()]
-    weights = [1.0 if strategy == "uniform" else len(part) ** (1 / temperature) for part in parts]
+    largest = max(map(len, parts))
+    weights = [1.0 if strategy == "uniform" else (len(part) / largest) ** (1 / temperature) for part in parts]
     shares = [weight / sum(weights) for weight in weights]
     # all_exhausted uses every row at least once, so it never yields fewer rows than there are
     mixed = interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
@@ -157,6 +169,8 @@ def mix(examples: Dataset, *, strategy: Strategy = "proportional", temperature: 
 
 def check_tasks(examples: Dataset, tasks: Sequence[str]) -> None:
     """Raise a `ValueError` that lists `tasks` if a row of `examples` has another one."""
+    if isinstance(tasks, str):
+        raise ValueError(f"tasks={tasks!r} is one text; give a list of the tasks' names.")
     found = {name for task in examples["task"] for name in ([task] if isinstance(task, str) else task)}
     if unknown := sorted(found - set(tasks)):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Adapter directories that are written whole or not at all."""
+"""Adapter directories: written whole or not at all, and what their configs say."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 FILES = (SAFETENSORS_WEIGHTS_NAME, "README.md", CONFIG_NAME)
 
 
 def check_free(out_dir: Path, *, overwrite: bool) -> None:
-    """Raise a FileExistsError if a directory holds an adapter's files, and `overwrite` is False."""
+    """Raise an error if a directory cannot be written, or holds an adapter's files and `overwrite` is False."""
+    file = next((path for path in (out_dir, *out_dir.parents) if path.is_file()), None)
+    if file is not None:
+        raise NotADirectoryError(f"{out_dir} cannot be a directory, since {file} is a file; choose another directory.")
     there = [name for name in FILES if (out_dir / name).exists()]
     if there and not overwrite:
         raise FileExistsError(f"{out_dir} holds {there} already; choose another directory, or pass overwrite=True.")
@@ -30,6 +35,7 @@ def adapter_directory(out_dir: Path, *, overwrite: bool) -> Iterator[Path]:
 
     Raises:
         FileExistsError: `out_dir` holds files of these names, and `overwrite` is False.
+        NotADirectoryError: it, or a folder above it, is a file.
     """
     check_free(out_dir, overwrite=overwrite)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +46,28 @@ def adapter_directory(out_dir: Path, *, overwrite: bool) -> Iterator[Path]:
             (out_dir / CONFIG_NAME).unlink(missing_ok=True)
         for name in FILES:
             (Path(work) / name).replace(out_dir / name)
+
+
+def read_config(source: str | Path, **hub_kwargs: Any) -> PeftConfig:
+    """The config of a saved adapter.
+
+    Args:
+        source: a directory or Hub id.
+        hub_kwargs: for a Hub id: `revision`, `token`, `subfolder`, `cache_dir`.
+
+    Raises:
+        ValueError: there is none, or it is none that peft knows, or has a wrong value; the message says where it is.
+    """
+    try:
+        return PeftConfig.from_pretrained(str(source), **hub_kwargs)
+    except KeyError as error:  # what peft makes of an adapter type it does not know
+        raise ValueError(f"{source} is an adapter of type {error}, which peft does not know.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"The {CONFIG_NAME} of {source} is no JSON ({error}); save or fetch the adapter anew."
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The {CONFIG_NAME} of {source} cannot be read: {error}") from None
 
 
 def _settings(path: Path) -> object:

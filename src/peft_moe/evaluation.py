@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.logging import tqdm
 
+from .checks import check_count
 from .config import MoeConfig
 from .data import TaskInfo, check_tasks, task_key, tokenize
 from .metrics import load_metric
@@ -43,11 +44,13 @@ def generate_answers(
         progress: show a progress bar.
 
     Returns one text per row, in the order of `examples`. The model is left in the mode it came in. Raises `ValueError`
-    for rows of a task that the adapter does not have.
+    for rows of a task that the adapter does not have, and for sizes below 1.
 
     Example:
         `generate_answers(model, tokenizer, read_examples("data/medmulti/tiny", split="test"))`
     """
+    check_count("batch_size", batch_size, "the number of rows answered at once")
+    check_count("max_new_tokens", max_new_tokens, "the longest answer in tokens")
     if not len(examples):
         return []
     tasks = _tasks_to_tell(model, examples)
@@ -96,11 +99,13 @@ def score(predictions: Sequence[str], examples: Dataset, info: Mapping[str, Task
         info: the tasks' metrics, from `read_task_info`; a task that is not in it is scored by `exact_match`.
 
     Returns `{task: {"metric": name, "score": 0..1, "exact_match": 0..1, "n": rows}}` and, under `"mean"`, the
-    unweighted mean over tasks. Raises `ValueError` if the lengths differ, or for an unknown metric.
+    unweighted mean over tasks. Raises `ValueError` if the lengths differ, for no rows, or for an unknown metric.
 
     Example:
         `score(answers, examples, read_task_info("data/medmulti/tiny"))["mean"]["score"]`
     """
+    if isinstance(predictions, str):
+        raise ValueError(f"predictions={predictions!r} is one text; give a list with one for each row.")
     if len(predictions) != len(examples):
         raise ValueError(f"{len(predictions)} predictions for {len(examples)} examples; give one for each row.")
     metrics = _metrics(examples, info)
@@ -150,11 +155,14 @@ def table(results: Mapping[str, Results]) -> str:
     Args:
         results: what `score` or `evaluate_tasks` returned, by the system's name.
 
-    A score that a system lacks is shown as a dash. Returns lines without a trailing line break.
+    A score that a system lacks is shown as a dash. Returns lines without a trailing line break. Raises `ValueError` if
+    there are none.
 
     Example:
         `print(table({"base": before, "MOELoRA": after}))`
     """
+    if not results:
+        raise ValueError("There are no results to lay out; give those of at least one system.")
     tasks = {task: result for system in results.values() for task, result in system.items()}
     tasks["mean"] = tasks.pop("mean")  # last, also where later systems have other tasks
     rows = [["task", "metric", "n", *results]]
@@ -184,6 +192,8 @@ def _left_padded(prompts: list[torch.Tensor], pad: int, device: torch.device) ->
 
 def _metrics(examples: Dataset, info: Mapping[str, TaskInfo]) -> dict[str, str]:
     """The metric of each task that occurs, in the order of info, then of the rows."""
+    if not len(examples):
+        raise ValueError("There are no rows to score; give at least one.")
     found = dict.fromkeys(map(task_key, examples["task"]))
     if "mean" in found:
         raise ValueError("A task is called 'mean', which is what results call the mean over tasks; rename the task.")

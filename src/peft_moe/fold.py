@@ -8,6 +8,7 @@ by the input, what `calibrate` has found to come closest is written instead, and
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import hf_hub_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
@@ -24,7 +26,7 @@ from torch.nn.functional import pad
 from .calibrate import Calibration
 from .card_methods import method_of
 from .config import MoeConfig
-from .directory import adapter_directory
+from .directory import adapter_directory, read_config
 from .fold_card import How, errors_section, folded_card
 from .folding import Banks, StateDict, fold_banks, keys_of_banks
 from .grouped.config import GroupedMoeConfig
@@ -80,13 +82,17 @@ def fold(
     Raises:
         ValueError: unknown task, weights that depend on the input without calibration, an adapter of another kind, or
             broken files.
-        TypeError: a model that is not a `PeftModel`, such as one that is still wrapped for training.
+        TypeError: a model that is not a `PeftModel`, such as one that is still wrapped for training; an argument that
+            is none.
         FileExistsError: `out_dir` holds files of these names, and `overwrite` is False.
 
     Example:
         >>> fold(model, "icd-lora", task="icd")
         >>> PeftModel.from_pretrained(base_model, "icd-lora")
     """
+    known = inspect.signature(hf_hub_download).parameters
+    if unknown := sorted(name for name in hub_kwargs if name not in known or isinstance(source, PeftModel)):
+        raise TypeError(f"fold has no argument {unknown[0]!r} here; other ones than its own are for a Hub id alone.")
     adapter = _read(source, adapter_name, hub_kwargs)
     with whole(source):
         banks, how = _banks(adapter, task, routing)
@@ -213,7 +219,9 @@ def _read(source: PeftModel | str | Path, adapter_name: str | None, hub_kwargs: 
         raise TypeError(
             f"fold takes a PeftModel or a directory, not a {type(source).__name__}; unwrap the model first."
         )
-    config = _check(PeftConfig.from_pretrained(str(source), **hub_kwargs), source)
+    if not isinstance(source, (str, Path)):
+        raise TypeError(f"fold takes a PeftModel, a directory or a Hub id, not a {type(source).__name__}.")
+    config = _check(read_config(source, **hub_kwargs), source)
     fixed = isinstance(config, GroupedMoeConfig) and config.group_weights
     control = cast(GroupedMoeConfig, config).control(fixed) if fixed else None
     return Adapter(config, read_weights(str(source), **hub_kwargs), control)

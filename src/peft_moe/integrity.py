@@ -132,7 +132,7 @@ def _check_numbers(where: str, key: str, tensor: torch.Tensor) -> None:
     if not isinstance(tensor, torch.Tensor) or not (tensor.is_floating_point() or "moelora_" not in key):
         kind = getattr(tensor, "dtype", type(tensor).__name__)
         raise ValueError(f"{where}: {key!r} in the file is {kind}, and weights are floating-point numbers; {ANEW}.")
-    local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]  # a DTensor
+    local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # of a DTensor
     if local.is_floating_point() and not bool(local.isfinite().all()):
         bad = int((~local.isfinite()).sum())
         raise ValueError(

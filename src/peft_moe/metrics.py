@@ -129,7 +129,7 @@ def load_metric(name: str) -> evaluate.Metric:
     Example:
         `load_metric("token_f1").compute(predictions=["left knee"], references=["knee"])`
     """
-    if name not in METRICS:
+    if not isinstance(name, str) or name not in METRICS:
         raise ValueError(f"Unknown metric {name!r}; use one of {list(METRICS)}.")
     return METRICS[name](keep_in_memory=True)
 

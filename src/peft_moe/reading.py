@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -39,7 +39,7 @@ def read_task_info(source: str, *, revision: str | None = None) -> dict[str, Tas
         revision: branch, tag or commit of the Hub dataset.
 
     Returns one `TaskInfo` per task, in the file's order; nothing if there is no such file. Raises `ValueError` if it
-    has another shape.
+    has another shape, or a metric that is not known.
 
     Example:
         `read_task_info("data/medmulti/tiny")["icd_chapter"].metric`
@@ -54,10 +54,15 @@ def read_task_info(source: str, *, revision: str | None = None) -> dict[str, Tas
             return {}
     if not path.exists():
         return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); correct it, or take it away.") from None
     tasks = content.get("tasks") if isinstance(content, dict) else None
     if not isinstance(tasks, dict) or not all(isinstance(task, dict) for task in tasks.values()):
         raise ValueError(f'{path} does not describe tasks; write {{"tasks": {{name: {{"instruction": ..., ...}}}}}}.')
+    for name, task in tasks.items():
+        _check_info(path, name, task)
     return {
         name: TaskInfo(
             name=name,
@@ -67,6 +72,19 @@ def read_task_info(source: str, *, revision: str | None = None) -> dict[str, Tas
         )
         for name, task in tasks.items()
     }
+
+
+def _check_info(path: Path, name: str, task: Mapping[str, Any]) -> None:
+    """Raise a ValueError if what a tasks.json says of a task cannot be used, long before it would be."""
+    from .metrics import METRICS
+
+    instruction, metric, labels = task.get("instruction"), task.get("metric"), task.get("labels")
+    if instruction is not None and not isinstance(instruction, str):
+        raise ValueError(f"{path}: the instruction of {name!r} is {instruction!r}; write a text.")
+    if metric and (not isinstance(metric, str) or metric not in METRICS):
+        raise ValueError(f"{path}: the metric of {name!r} is {metric!r}; use one of {list(METRICS)}.")
+    if labels and (not isinstance(labels, list) or not all(isinstance(label, str) for label in labels)):
+        raise ValueError(f"{path}: the labels of {name!r} are {labels!r}; write a list of texts.")
 
 
 def read_examples(
@@ -89,7 +107,7 @@ def read_examples(
 
     A row carries `messages`, or `prompt` and `completion`, or `instruction`, `input` and `output`; the instruction may
     come from `tasks.json` instead. Raises `FileNotFoundError` if there is no such data, and `ValueError` for an unknown
-    split, a file without rows, or a row (counted from 1) without task, question or answer.
+    split, a file without rows or with something else, or a row (counted from 1) without task, question or answer.
 
     Example:
         `read_examples("data/medmulti/tiny", split="dev")[0]["messages"]`
@@ -131,7 +149,11 @@ def read_examples(
 
 def _load(source: str, revision: str | None) -> DatasetDict:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowInvalid
 
+    if not str(source):
+        raise FileNotFoundError("No data at ''; use a file, a folder, or the id of a Hub dataset.")
     path = Path(source)
     if path.is_file() and path.suffix not in BUILDERS:
         raise ValueError(f"{source} ends in {path.suffix!r}; use a file that ends in one of {list(BUILDERS)}.")
@@ -147,6 +169,9 @@ def _load(source: str, revision: str | None) -> DatasetDict:
             f"No data at {source!r} ({error}); use a {', '.join(BUILDERS)} file, a folder with train, validation or "
             "test files of these types, or the id of a Hub dataset."
         ) from error
+    except (DatasetGenerationError, ArrowInvalid) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"{source} has a file that cannot be read as what its name ends in: {reason}") from error
     except (StopIteration, ValueError) as error:  # the first from a JSON file of no bytes
         if isinstance(error, StopIteration) or "no data" in str(error):
             raise ValueError(f"{source} has a file without rows; fill it or take it away.") from error
@@ -162,7 +187,8 @@ def _pick_split(splits: DatasetDict, source: str, split: str | None) -> Dataset:
 
 def _tasks(value: Any) -> list[str]:
     names = value if isinstance(value, list) else [value]
-    if not names or not all(isinstance(name, (str, int)) and name != "" for name in names):
+    named = (isinstance(name, (str, int)) and not isinstance(name, bool) and str(name).strip() for name in names)
+    if not names or not all(named):
         raise ValueError(f"its task is {value!r}; use a name, or a list of names.")
     return [str(name) for name in names]
 
@@ -184,6 +210,8 @@ def _messages(
             question += f"\n{row['input']}"
     else:
         raise ValueError("it has no question and answer; use messages, or prompt and completion, or input and output.")
+    if isinstance(question, (list, dict)) or isinstance(answer, (list, dict)):
+        raise ValueError("its prompt, input or answer is no text; write a text, or a conversation as 'messages'.")
     return _checked([{"role": "user", "content": str(question)}, {"role": "assistant", "content": str(answer)}])
 
 
@@ -199,7 +227,9 @@ def _instruction(row: Mapping[str, Any], tasks: list[str], info: Mapping[str, Ta
     return "\n".join(known)
 
 
-def _checked(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+def _checked(messages: Any) -> list[Message]:
+    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+        raise ValueError("its messages are no list of them; use [{'role': ..., 'content': ...}, ...].")
     pairs: list[Message] = [{key: message.get(key, "") for key in ("role", "content")} for message in messages]
     if not all(isinstance(text, str) for pair in pairs for text in pair.values()):
         raise ValueError("its messages are not all a role and a text; use {'role': ..., 'content': ...} for each.")

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .checks import MOST, is_number, is_whole
+
 SHAPES = ("uniform", "ascending", "descending")
 # Of the power law behind the named shapes. Med-MoE-LoRA does not state its γ; 2 experts up to layer 10 of 32, as in its
 # experiments, need a γ above 1.54.
@@ -96,7 +98,7 @@ def check_schedule(schedule: object) -> None:
         if not _is_count(schedule["min"]) or not _is_count(schedule["max"]) or schedule["min"] > schedule["max"]:
             refuse("min and max are numbers of experts, 1 <= min <= max")
         gamma = schedule.get("gamma", GAMMA)
-        if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0 < gamma < math.inf:
+        if not is_number(gamma) or gamma <= 0:
             refuse("gamma is a number above 0 (the paper has gamma >= 1)")
     elif schedule.get("type") == "bands":
         parts = schedule.get("bands")
@@ -128,8 +130,8 @@ def stacks(keys: Iterable[str]) -> dict[str, int]:
     return found
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_count(value: Any) -> bool:
+    return is_whole(value) and 1 <= value <= MOST
 
 
 def _is_band(part: Any) -> bool:

@@ -11,7 +11,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .config import MoeConfig, check_fraction, check_tasks, names_of
+from .checks import check_flag, check_fraction, check_tasks
+from .config import MoeConfig, names_of
 from .layer import IN_BASE_EXPERTS, MoeLinear
 from .losses import BALANCE_LOSSES
 from .routing import BalanceTerm, RoutingStatistics, TokenRouter
@@ -56,7 +57,7 @@ class TokenRoutedConfig(MoeConfig):
         known = ["none", *BALANCE_LOSSES]
         names = self.balance_loss if isinstance(self.balance_loss, dict) else [self.balance_loss]
         for name in names:
-            if name not in (known[1:] if isinstance(self.balance_loss, dict) else known):
+            if not isinstance(name, str) or name not in (known[1:] if isinstance(self.balance_loss, dict) else known):
                 raise ValueError(f"balance_loss={self.balance_loss!r} is not known; use one of {known}.")
         if isinstance(self.balance_loss, dict):
             for name, value in self.balance_loss.items():
@@ -65,7 +66,7 @@ class TokenRoutedConfig(MoeConfig):
     def _check_groups(self) -> None:
         groups = self.expert_groups
         if groups is not None:
-            if not isinstance(groups, dict) or not all(isinstance(tasks, (list, tuple)) for tasks in groups.values()):
+            if not isinstance(groups, dict) or not all(map(_is_group, groups.items())):
                 raise ValueError(f"expert_groups={groups!r}; give {{'group': ['task', ...], ...}}.")
             # sorted, as peft writes them: experts go to groups by position, and have to find theirs again when loaded
             self.expert_groups = groups = {group: list(tasks) for group, tasks in sorted(groups.items())}
@@ -104,6 +105,11 @@ class TokenRoutedConfig(MoeConfig):
     def default_task(self) -> None:
         """Labels are never made up."""
         return None
+
+
+def _is_group(entry: tuple[object, object]) -> bool:
+    name, tasks = entry
+    return isinstance(name, str) and isinstance(tasks, (list, tuple)) and all(isinstance(t, str) for t in tasks)
 
 
 def balance_terms(config: TokenRoutedConfig) -> list[BalanceTerm]:
@@ -188,7 +194,7 @@ class TokenRoutedTuner(MoeTuner):
 
     def routers(self, adapter_name: str | None = None) -> Iterator[tuple[str, TokenRouter]]:
         """Names of an adapter's routed layers, and their routers; by default of the active adapter."""
-        adapter_name = self.active_adapters[0] if adapter_name is None else adapter_name
+        adapter_name = self.active_adapters[0] if adapter_name is None else self.known_adapters([adapter_name])[0]
         for key, layer in self.model.named_modules():
             if isinstance(layer, MoeLinear) and isinstance(router := layer.router_of(adapter_name), TokenRouter):
                 yield key, router
@@ -199,9 +205,14 @@ class TokenRoutedTuner(MoeTuner):
         Args:
             enabled: start or stop.
             adapters: whose routers; None for all adapters.
+
+        Raises:
+            ValueError, TypeError: `enabled` is neither True nor False, or `adapters` are none of this model's.
         """
+        check_flag("enabled", enabled)
+        names = self.known_adapters(list(self.peft_config) if adapters is None else adapters)
         self.recording = enabled
-        for adapter in self.peft_config if adapters is None else adapters:
+        for adapter in names:
             for _, router in self.routers(adapter):
                 if enabled:
                     router.record(cast(TokenRoutedConfig, self.peft_config[adapter]).task_names)

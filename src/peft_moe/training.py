@@ -10,6 +10,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .checks import check_tasks, is_whole
+from .config import names_of
 from .evaluation import generate_answers, score
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ class TaskCollator:
         column: the rows' key that holds the task: an id, a name, or a list of them for a row of several tasks.
 
     The added tensor is of shape (batch,), or (batch, k) padded with -1 if rows have several tasks. The call raises a
-    `ValueError` for a row without the column, for an unknown task, and for a collator that merges rows.
+    `ValueError` for no rows, a row without the column, an unknown task, and a collator that merges rows. Making one
+    raises a `ValueError` for names that are not unique.
 
     Example:
         `Trainer(model, args, data_collator=TaskCollator(DataCollatorForSeq2Seq(tokenizer), tasks=["icd", "rad"]), ...)`
@@ -39,11 +42,17 @@ class TaskCollator:
         tasks: Sequence[str] | None = None,
         column: str = "task_ids",
     ) -> None:
+        if not callable(collator):
+            raise TypeError(
+                f"collator={collator!r} cannot be called; give a data collator such as DataCollatorForSeq2Seq."
+            )
         self.collator = collator
-        self.tasks = None if tasks is None else list(tasks)
+        self.tasks = None if tasks is None else names_of(check_tasks(tasks))
         self.column = column
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
+        if not features:
+            raise ValueError("There are no rows to make a batch of; give at least one.")
         ids = [self._ids(row) for row in features]
         batch = self.collator([{key: value for key, value in row.items() if key != self.column} for row in features])
         # Collators that pack rows (TRL's packing and padding_free) leave fewer batch rows than tasks.
@@ -73,13 +82,13 @@ class TaskCollator:
 
     def _id(self, entry: int | str) -> int:
         if self.tasks is None:
-            if isinstance(entry, int) and entry >= 0:
-                return entry
+            if is_whole(entry) and int(entry) >= 0:
+                return int(entry)
             raise ValueError(f"Task {entry!r} in '{self.column}' is no id; give TaskCollator the names as tasks=[...].")
         if entry in self.tasks:
             return self.tasks.index(str(entry))
-        if isinstance(entry, int) and 0 <= entry < len(self.tasks):
-            return entry
+        if is_whole(entry) and 0 <= int(entry) < len(self.tasks):
+            return int(entry)
         raise ValueError(
             f"Unknown task {entry!r} in '{self.column}'; use one of {self.tasks} or an id below {len(self.tasks)}."
         )

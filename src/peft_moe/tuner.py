@@ -26,10 +26,11 @@ from transformers.pytorch_utils import Conv1D
 
 from .bank import ExpertBank
 from .checkpointing import undo_checkpointing
-from .config import MoeConfig, warn_unmatched
+from .config import MoeConfig
 from .entry import Entry
 from .integrity import adapter_tensors, check_tensors, check_weights_file, names_of_tensors
 from .layer import IN_BASE_EXPERTS, MoeLinear, check_base_layer
+from .matching import check_saved_modules, check_trained_tokens, warn_unmatched
 from .mixing import check_adapter_names, wrappers_told
 from .routing import Router, RoutingContext, adapters_of
 
@@ -37,6 +38,14 @@ from .routing import Router, RoutingContext, adapters_of
 RESERVED = {"moelora_bank", "moelora_router", "gate", "embedding", "proj", "lora_A", "lora_B", "weight"}
 # Models whose layers see (seq, batch, hidden), or windows of the sequence before the batch.
 SEQUENCE_FIRST = {"chatglm", "fsmt", "led", "longformer", "transfo-xl", "xlnet"}
+# Methods that only some tuners have, and whose they are.
+METHODS = {
+    **dict.fromkeys(("set_task", "task"), "MOELoRA, which is told tasks"),
+    **dict.fromkeys(
+        ("record_routing", "routing_statistics", "set_balance_scale"), "MoLoRA and Med-MoE-LoRA, which choose by tokens"
+    ),
+    **dict.fromkeys(("set_group_weights", "routing", "explain"), "AT-MoE, which weighs named groups"),
+}
 # Their output projection hands its weight to a fused kernel and is never called.
 MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 
@@ -103,6 +112,11 @@ class MoeTuner(BaseTuner):
                 Entry.install(model, method, self)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if not adapter_name or "." in adapter_name:
+            raise ValueError(
+                f"adapter_name={adapter_name!r} becomes a part of the names of tensors, between two dots; choose one "
+                "without a dot that is not empty."
+            )
         # peft tells adapters' tensors apart by name, and would take those of such a module for this adapter's.
         names = {part for key, _ in modules_outside_adapters(model) for part in key.split(".") if "moelora_" not in key}
         if adapter_name in RESERVED | names or adapter_name.isdigit():
@@ -121,7 +135,8 @@ class MoeTuner(BaseTuner):
         others = [(p, p.requires_grad) for p in self.moelora_router.parameters()]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.context.know(adapter_name, self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
+        self.context.know(adapter_name, config)
         for parameter, requires_grad in others:  # a new adapter leaves the others as they were, as peft has it
             parameter.requires_grad = requires_grad
 
@@ -143,9 +158,12 @@ class MoeTuner(BaseTuner):
             if self._check_target_module_exists(peft_config, key):
                 check_base_layer(module, key)
                 keys.append(key)
-        peft_config.resolve_layers([key for key, _ in modules_outside_adapters(model)], keys)
+        every = dict(modules_outside_adapters(model))
+        peft_config.resolve_layers(list(every), keys)
         self.check_routing(peft_config, keys)
-        warn_unmatched(peft_config.num_experts_pattern, keys)
+        check_trained_tokens(peft_config, model, every)
+        check_saved_modules(peft_config, list(every))
+        warn_unmatched(peft_config, keys, list(every))
 
     @abstractmethod
     def check_routing(self, config: MoeConfig, keys: list[str]) -> None:
@@ -286,9 +304,17 @@ class MoeTuner(BaseTuner):
                 take_out(model, adapter_name)
             raise
         config.read_from = None
-        return cast("dict[str, torch.Tensor]", found)
+        return found
 
     # calls
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name in METHODS:
+                raise AttributeError(f"{type(self).__name__} has no {name!r}: that is for {METHODS[name]}.") from error
+            raise
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -361,6 +387,21 @@ class MoeTuner(BaseTuner):
 
     # merging
 
+    def known_adapters(self, adapter_names: Sequence[str] | None) -> Sequence[str]:
+        """Names of adapters; None for the active ones.
+
+        Raises:
+            TypeError: not a list.
+            ValueError: there is none of such a name, so that nothing would be done for it.
+        """
+        if adapter_names is None:
+            return self.active_adapters
+        if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
+            raise TypeError(f"Names of adapters should be a list of strings, got {adapter_names!r}.")
+        if unknown := [name for name in adapter_names if name not in self.peft_config]:
+            raise ValueError(f"There is no adapter {unknown[0]!r}; the model has {sorted(self.peft_config)}.")
+        return adapter_names
+
     def check_mergeable(self, adapter_name: str) -> None:
         """Raise a ValueError if what an adapter adds depends on the input, and no calibration stands in for it."""
         for layer in self.model.modules():
@@ -373,7 +414,7 @@ class MoeTuner(BaseTuner):
         Raises:
             ValueError: what an adapter adds depends on the input and was not calibrated; nothing is merged then.
         """
-        for name in self.active_adapters if adapter_names is None else adapter_names:
+        for name in self.known_adapters(adapter_names):
             self.check_mergeable(name)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -385,7 +426,7 @@ class MoeTuner(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            for name in self.active_adapters if adapter_names is None else adapter_names:
+            for name in self.known_adapters(adapter_names):
                 self.check_mergeable(name)
         unloaded = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
@@ -403,7 +444,7 @@ def take_out(model: PeftModel, adapter_name: str) -> None:
         model.delete_adapter(adapter_name)
         return
     tuner = cast(MoeTuner, model.base_model)
-    base = cast(nn.Module, tuner.unload())
+    base = tuner.unload()
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(name in tuner.trained_before)
 

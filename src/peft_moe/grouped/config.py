@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ..config import Experts, MoeConfig, PeftMoeType, check_count, check_flag, check_fraction
+from ..checks import check_choice, check_count, check_flag, check_fraction, is_number, is_whole
+from ..config import Experts, MoeConfig, PeftMoeType
 from ..routing import Control, control_of, plain
 from .sources import Expert, check_source
 
@@ -87,30 +88,36 @@ class GroupedMoeConfig(MoeConfig):
         self.groups = in_order(check_groups(self.groups), self.expert_order)
         self.expert_order = [f"{group}/{name}" for group, names in self.names.items() for name in names]
         self.general_expert = check_source("The general expert", self.general_expert)
-        if self.num_experts not in (None, len(self.sources)):
+        if self.num_experts is not None and not (is_whole(self.num_experts) and self.num_experts == len(self.sources)):
             raise ValueError(f"num_experts={self.num_experts!r}, and groups name {len(self.sources)}; leave it out.")
         self.num_experts = len(self.sources)
         super().__post_init__()
         self.peft_type = PeftMoeType.GROUPEDMOE
-        for name, values in (("router_input", ("token", "prompt")), ("within_group", ("projection", "static"))):
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; use one of {values}.")
+        check_choice("router_input", self.router_input, ("token", "prompt"))
+        check_choice("within_group", self.within_group, ("projection", "static"))
         for name in ("learn_mix", "flat_routing", "router_norm", "train_experts", "check_base_model"):
             check_flag(name, getattr(self, name))
         for name in ("group_temperature", "expert_temperature"):
             check_fraction(name, getattr(self, name), "a temperature", low=0.01)
         check_count("r", self.r, "the rank of a new expert")
         self._check_mix()
+        self._check_layout()
         self._check_new()
         if self.lora_dropout and not self.train_experts:
             raise ValueError(
                 f"lora_dropout={self.lora_dropout!r} drops inputs of experts in training, and these are frozen; set "
                 "train_experts=True, or leave it out."
             )
-        if self.num_experts_pattern or self.rank_pattern or self.alpha_pattern:
-            raise ValueError("Experts bring their own ranks and alphas; leave the *_pattern fields out.")
+        for name in ("rank_pattern", "alpha_pattern", "num_experts_pattern"):
+            if pattern := getattr(self, name):
+                raise ValueError(
+                    f"{name}={pattern!r}: experts bring their own ranks and alphas; leave the *_pattern fields out."
+                )
         if self.group_weights is not None:
-            self.control(self.group_weights)
+            try:
+                self.control(self.group_weights)
+            except ValueError as error:
+                raise ValueError(f"group_weights={self.group_weights!r}: {error}") from None
             self.group_weights = plain(self.group_weights)
 
     def _check_mix(self) -> None:
@@ -124,6 +131,31 @@ class GroupedMoeConfig(MoeConfig):
         if self.learn_mix and self.mix in (0, 1):
             raise ValueError(
                 f"mix={self.mix!r} is where learn_mix cannot start, a sigmoid is never there; use 0.01 to 0.99."
+            )
+
+    def _check_layout(self) -> None:
+        """Refuse the field that a saved config brings if it is not as it was written."""
+        if self.expert_layout is None:
+            return
+        whole = (
+            isinstance(self.expert_layout, list)
+            and self.expert_layout
+            and all(
+                isinstance(entry, Mapping)
+                and entry.keys() == {"ranks", "scaling", "modules"}
+                and all(isinstance(values, (list, tuple)) for values in entry.values())
+                and all(isinstance(key, str) for key in entry["modules"])
+                and all(is_whole(rank) and rank >= 0 for rank in entry["ranks"])
+                and all(map(is_number, entry["scaling"]))
+                and len(entry["ranks"]) == len(entry["scaling"]) == len(self.sources)
+                for entry in self.expert_layout
+            )
+        )
+        if not whole:
+            raise ValueError(
+                f"expert_layout={self.expert_layout!r} does not say ranks, scaling and modules of {len(self.sources)} "
+                "experts; it is written when an adapter is saved: leave it out of a new config, and as it was in a "
+                "saved one."
             )
 
     def _check_new(self) -> None:
@@ -247,7 +279,8 @@ def in_order(groups: dict[str, dict[str, Any]], order: Sequence[str] | None) -> 
     """
     if order is None:
         return groups
-    if sorted(order) != sorted(f"{group}/{name}" for group, experts in groups.items() for name in experts):
+    names = [f"{group}/{name}" for group, experts in groups.items() for name in experts]
+    if not isinstance(order, (list, tuple)) or sorted(map(str, order)) != sorted(names):
         raise ValueError(f"expert_order={order!r} does not have the names that groups have; leave it out.")
     found: dict[str, dict[str, Any]] = {}
     for group, _, name in (entry.partition("/") for entry in order):

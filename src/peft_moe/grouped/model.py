@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..bank import ExpertBank
 from ..blocks import BlockEntry
 from ..checkpointing import keep_call_through_checkpointing
+from ..checks import check_flag
 from ..entry import Entry
 from ..layer import IN_BASE_EXPERTS, MoeLinear
 from ..routing import (
@@ -231,6 +232,7 @@ class GroupedMoeModel(MoeTuner):
             >>> model.set_group_weights({"style": {"rigorous": 1.0}})
             >>> model.set_group_weights({"style": 0.0, "function": {"triage": 0.8}}, mix=1.0)
         """
+        check_flag("store", store)
         name = self._one_adapter(adapter_name)
         off = list(off) if isinstance(off, Iterable) and not isinstance(off, str) else off
         given = {"weights": weights, "group_weights": group_weights, "off": off or None, "mix": mix}
@@ -293,9 +295,18 @@ class GroupedMoeModel(MoeTuner):
         Returns:
             weights by block, group and expert, per token or per prompt; see `Explanation`.
 
+        Raises:
+            TypeError: `batch` is no mapping.
+            ValueError: no such adapter, or a merged one.
+
         Example:
             >>> print(model.explain(tokenizer("Chest pain.", return_tensors="pt")))
         """
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"explain takes the model's arguments by name, and {type(batch).__name__} has no names; give a mapping "
+                "such as the tokenizer makes: {'input_ids': ..., 'attention_mask': ...}."
+            )
         name = self._one_adapter(adapter_name)
         self._refuse_merged(name)
         routers = dict(self.routers(name))
@@ -320,7 +331,7 @@ class GroupedMoeModel(MoeTuner):
 
     def routers(self, adapter_name: str | None = None) -> Iterator[tuple[str, GroupedRouter]]:
         """Names of blocks, or of linear layers with their own, and their routers; by default of the active adapter."""
-        adapter_name = self.active_adapters[0] if adapter_name is None else adapter_name
+        adapter_name = self.active_adapters[0] if adapter_name is None else self.known_adapters([adapter_name])[0]
         yield from self._routers.get(adapter_name, {}).items()
         for key, layer in self.model.named_modules():
             router = layer.router_of(adapter_name) if isinstance(layer, MoeLinear) else None

@@ -31,6 +31,7 @@ from ..moelora.model import weights_of_task
 # Entries of a source that is a mapping: a folder or Hub id, and what else it takes to find the expert.
 ENTRIES = ("source", "revision", "subfolder", "task")
 FOUND = ("sha256", "commit", "loaded")  # entries that are set when the source has been read
+KINDS: dict[str, Any] = {"source": (str, Path), "task": (str, int), "loaded": bool}  # all others are texts
 WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
 
@@ -85,13 +86,18 @@ def check_source(name: str, source: Any) -> Any:
     if source is None or isinstance(source, Expert):
         return source
     entries = {"source": source} if isinstance(source, (str, Path)) else source
-    if not isinstance(entries, Mapping) or not entries.get("source"):
+    if not isinstance(entries, Mapping) or not isinstance(entries.get("source"), (str, Path)) or not entries["source"]:
         raise ValueError(
             f"{name} has the source {source!r}; give a folder or Hub id, or {{'source': ..., 'revision': ..., "
             "'subfolder': ..., 'task': ...}."
         )
-    if unknown := sorted(entries.keys() - {*ENTRIES, *FOUND}):
+    if unknown := sorted(entries.keys() - {*ENTRIES, *FOUND}, key=str):
         raise ValueError(f"{name} has {unknown} in its source; known are {list(ENTRIES)}.")
+    for key, value in entries.items():
+        if value is not None and not isinstance(value, KINDS.get(key, str)):
+            raise ValueError(
+                f"{name} has {key}={value!r} in its source, which is a {type(value).__name__}; give a text."
+            )
     return {**entries, "source": str(entries["source"])}
 
 
@@ -111,6 +117,8 @@ def read_expert(source: Any, *, name: str = "expert") -> Expert:
         >>> read_expert("me/triage-lora").layers.keys()
     """
     entries = check_source(name, source)
+    if entries is None:
+        raise ValueError(f"{name} has no source; give a folder or Hub id, or {{'source': ..., 'revision': ...}}.")
     if isinstance(entries, Expert):
         return entries
     where = f"{name} ({entries['source']})"

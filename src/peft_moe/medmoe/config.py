@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from itertools import cycle, islice
 from typing import Any, ClassVar, Literal
 
-from ..config import Experts, PeftMoeType, check_count, check_flag, check_fraction
+from ..checks import as_names, check_choice, check_count, check_flag, check_fraction
+from ..config import Experts, PeftMoeType
 from ..routing.gates import COLDEST
 from ..schedule import check_schedule, experts_per_layer, layer_of, stacks
 from ..token_routed import TokenRoutedConfig
@@ -80,6 +81,8 @@ class MedMoeLoraConfig(TokenRoutedConfig):
         super().__post_init__()
         self.peft_type = PeftMoeType.MEDMOELORA
         check_schedule(self.expert_schedule)
+        if isinstance(self.expert_schedule, tuple):
+            self.expert_schedule = list(self.expert_schedule)  # as it is when it has been loaded
         self._check_ranks()
         self._check_base()
         check_flag("learn_temperature", self.learn_temperature)
@@ -97,20 +100,25 @@ class MedMoeLoraConfig(TokenRoutedConfig):
             raise ValueError("expert_ranks=[] has no rank; give one for all experts, or a list to take in turn.")
         for rank in self._ranks:
             check_count("expert_ranks", rank, "the rank of an expert")
+        if isinstance(self.expert_ranks, tuple):
+            self.expert_ranks = list(self.expert_ranks)
         if self.experts_per_layer is not None:
-            if not isinstance(self.experts_per_layer, dict):
-                raise ValueError(f"experts_per_layer={self.experts_per_layer!r}; it is set by itself, leave it out.")
-            for stack, counts in self.experts_per_layer.items():
+            given = self.experts_per_layer
+            lists = isinstance(given, dict) and all(
+                isinstance(k, str) and isinstance(v, list) for k, v in given.items()
+            )
+            if not lists:
+                raise ValueError(f"experts_per_layer={given!r}; it is set by itself, leave it out.")
+            for stack, counts in given.items():
                 for i, count in enumerate(counts):
                     check_count(f"experts_per_layer[{stack!r}][{i}]", count, "a number of experts")
 
     def _check_base(self) -> None:
-        if self.base_expert_mode not in MODES:
-            raise ValueError(f"base_expert_mode={self.base_expert_mode!r} is not known; use one of {MODES}.")
-        if isinstance(self.num_base_experts, bool) or not isinstance(self.num_base_experts, int):
-            raise ValueError(f"num_base_experts={self.num_base_experts!r} is a number of experts; give 0 or more.")
-        check_fraction("num_base_experts", self.num_base_experts, "a number of experts")
+        check_choice("base_expert_mode", self.base_expert_mode, MODES)
+        check_count("num_base_experts", self.num_base_experts, "a number of experts", low=0)
         check_fraction("base_coefficient", self.base_coefficient, "the weight of a loss")
+        if self.general_tasks is not None:
+            self.general_tasks = as_names("general_tasks", self.general_tasks, may_be_empty=True)
         if self.base_expert_rank is not None:
             check_count("base_expert_rank", self.base_expert_rank, "the rank of the base expert")
         trained = self.base_expert_mode != "frozen"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..config import Experts, MoeConfig, PeftMoeType, check_count, check_tasks, names_of
+from ..checks import check_count, check_tasks
+from ..config import Experts, MoeConfig, PeftMoeType, names_of
 from ..routing import task_index
 
 
@@ -48,7 +49,7 @@ class MoeLoraConfig(MoeConfig):
         self.peft_type = PeftMoeType.MOELORA
         check_count("r", self.r, "the total rank of a layer")
         check_count("task_embedding_dim", self.task_embedding_dim, "the size of an embedding")
-        if self.gate_scope not in ("model", "layer"):
+        if not isinstance(self.gate_scope, str) or self.gate_scope not in ("model", "layer"):
             raise ValueError(
                 f"gate_scope={self.gate_scope!r} is not known; use 'model' (one gate for all layers) or 'layer'."
             )
@@ -60,9 +61,11 @@ class MoeLoraConfig(MoeConfig):
         self.tasks = check_tasks(self.tasks)
         if self.default_task is not None:
             try:
-                task_index(self.default_task, self.task_names)
+                index = task_index(self.default_task, self.task_names)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"default_task={self.default_task!r} is not among tasks: {error}") from None
+            # a number of numpy or torch could not be saved
+            self.default_task = self.default_task if isinstance(self.default_task, str) else index
 
     @property
     def task_names(self) -> list[str]:

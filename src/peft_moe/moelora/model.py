@@ -11,8 +11,8 @@ from torch import nn
 
 from ..folding import StateDict, WeightsAt, module_from
 from ..layer import IN_BASE_EXPERTS
-from ..routing import TaskGate, TaskRouter, encode_tasks, softmax
-from ..routing.tasks import Task
+from ..routing import TaskGate, TaskRouter, softmax
+from ..routing.tasks import Task, encode_choice
 from ..tuner import MoeTuner
 from .config import MoeLoraConfig
 
@@ -103,10 +103,10 @@ class MoeLoraModel(MoeTuner):
     @contextmanager
     def _for_one_task(self, task: Task | Sequence[Task] | None, adapter_names: list[str] | None) -> Iterator[None]:
         """Choose a task for work on the weights, after checking that every routed adapter has one."""
-        names = self.active_adapters if adapter_names is None else adapter_names
+        names = self.known_adapters(adapter_names)
         with self.context.chosen(task, names) if task is not None else nullcontext():
             for name in names:
-                if name in self.peft_config and self._is_routed(name):
+                if self._is_routed(name):
                     self.context.one_task(name)
             yield
 
@@ -128,8 +128,7 @@ def weights_of_task(config: MoeLoraConfig, state_dict: StateDict, task: Task | S
     Raises:
         ValueError: unknown task.
     """
-    several = isinstance(task, Sequence) and not isinstance(task, str)
-    ids = encode_tasks([task] if several else task, config.task_names)
+    ids = encode_choice(task, config.task_names)
 
     def weights_at(key: str) -> torch.Tensor | None:
         n = len(config.experts_at(key).ranks)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
-from ..config import Experts, PeftMoeType, check_count, check_flag, check_fraction
+from ..checks import check_count, check_flag, check_fraction
+from ..config import Experts, PeftMoeType
 from ..token_routed import TokenRoutedConfig
 
 # Modules inside whatever a model calls its attention (self_attn, attention, SelfAttention, encoder_attn, …), except for
@@ -66,9 +67,7 @@ class MoLoraConfig(TokenRoutedConfig):
         check_count("top_k", self.top_k, "the number of experts per token")
         check_flag("router_bias", self.router_bias)
         check_fraction("router_jitter", self.router_jitter, "how far the router's input is moved", high=0.99)
-        if isinstance(self.num_shared_experts, bool) or not isinstance(self.num_shared_experts, int):
-            raise ValueError(f"num_shared_experts={self.num_shared_experts!r} is a number of experts; give 0 or more.")
-        check_fraction("num_shared_experts", self.num_shared_experts, "a number of experts")
+        check_count("num_shared_experts", self.num_shared_experts, "a number of experts", low=0)
         if self.top_p is not None:
             check_fraction("top_p", self.top_p, "a sum of probabilities", low=0.01, high=1)
         self._check_selection()

@@ -17,7 +17,7 @@ from .control import Control
 from .ledger import Ledger, OutsideScale
 from .mixture import Part, parts_of
 from .prompt import Prompt
-from .tasks import Task, TaskIds, encode_tasks, list_tasks, tasks_of_rows
+from .tasks import Task, TaskIds, encode_choice, encode_tasks, list_tasks, tasks_of_rows
 
 # Attribute of a cache of keys and values: the `Prompt` that it begins with.
 IN_CACHE = "_peft_moe_prompt"
@@ -290,8 +290,7 @@ class RoutingContext:
     @staticmethod
     def _encoded(task: Task | Sequence[Task], names: Sequence[str]) -> torch.Tensor:
         """A task, or several for the same rows, as ids (1,) or (1, k)."""
-        several = isinstance(task, Sequence) and not isinstance(task, str)
-        return encode_tasks([task] if several else task, names)
+        return encode_choice(task, names)
 
     def _chosen_or_default(self, adapter: str) -> torch.Tensor | None:
         if self._chosen is None:

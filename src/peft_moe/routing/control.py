@@ -146,9 +146,11 @@ def control_of(
 
 
 def plain(value: Any) -> Any:
-    """Mappings, and the numbers in them, as JSON has them."""
+    """Mappings, lists, and the numbers in them, as JSON has them."""
     if isinstance(value, Mapping):
         return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, (tuple, set, frozenset)):
+        return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
     return float(value) if isinstance(value, Real) and not isinstance(value, (int, float)) else value
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set, Sized
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -31,7 +31,7 @@ def task_index(task: Task, names: Sequence[str]) -> int:
     elif isinstance(task, int) and not isinstance(task, bool):
         if 0 <= task < len(names):
             return task
-    elif hasattr(task, "item"):  # a numpy integer or a tensor of one element
+    elif hasattr(task, "item") and getattr(task, "ndim", 0) == 0:  # a numpy integer or a tensor of one number
         return task_index(task.item(), names)
     else:
         raise TypeError(f"{task!r} is no task id; give a name or a position, or a list with one of them per row.")
@@ -48,10 +48,14 @@ def encode_tasks(tasks: TaskIds, names: Sequence[str]) -> torch.Tensor:
 
     Raises:
         ValueError: an unknown task, a row without one, an empty list.
-        TypeError: not a task id.
+        TypeError: not a task id, or a collection whose order says nothing of the rows.
     """
     if isinstance(tasks, torch.Tensor):
         return _check_tensor(tasks, names)
+    if isinstance(tasks, Set):
+        raise TypeError(
+            f"task_ids={tasks!r} is a {type(tasks).__name__}, whose order is not that of rows; give a list."
+        )
     several = _several(tasks)
     if several is None:
         return torch.tensor([task_index(cast(Task, tasks), names)])
@@ -95,10 +99,27 @@ def tasks_of_rows(tasks: TaskIds, rows: Sequence[int], n: int) -> TaskIds | None
     return found
 
 
+def encode_choice(task: Task | Sequence[Task], names: Sequence[str]) -> torch.Tensor:
+    """One task, or several that every row has, as ids (1,) or (1, k).
+
+    Args:
+        task: a task; or a list, tuple, set, array or tensor of them.
+        names: the tasks that the adapter knows.
+
+    Raises:
+        ValueError, TypeError: as for `encode_tasks`.
+    """
+    several = task.tolist() if isinstance(task, torch.Tensor) and task.dim() > 0 else _several(task)
+    return encode_tasks(cast(TaskIds, task if several is None else [several]), names)
+
+
 def _several(value: Any) -> list[Any] | None:
-    """The entries of a list, tuple or array; None if the value is a single task."""
-    single = isinstance(value, str) or not hasattr(value, "__iter__") or getattr(value, "ndim", 1) == 0
-    return None if single else list(value)
+    """The entries of a list, tuple, set or array; None if the value is a single task, or none at all.
+
+    An iterator is none: who reads it first would leave nothing to the others.
+    """
+    single = isinstance(value, (str, bytes, Mapping)) or not (isinstance(value, Sized) and hasattr(value, "__iter__"))
+    return None if single or getattr(value, "ndim", 1) == 0 else list(value)
 
 
 def _check_tensor(tasks: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
@@ -113,7 +134,7 @@ def _check_tensor(tasks: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
     tasks = tasks.long().reshape(-1, *tasks.shape[1:])
     given = tasks if tasks.dim() == 1 else tasks.amax(1)  # one id that has to be there, per row
     good = (given >= 0).all() & (tasks < len(names)).all() & (tasks >= -1).all()
-    message = f"is out of range; this adapter knows {list_tasks(names)}."
+    message = f"is out of range, or leaves a row without a task; this adapter knows {list_tasks(names)}."
     if tasks.device.type == "cpu" and not torch.compiler.is_compiling():
         if not good:
             raise ValueError(f"task_ids={tasks.tolist()} {message}")

@@ -1,0 +1,74 @@
+"""Whether what a config names is in a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from .config import MoeConfig
+from .schedule import layer_of
+
+# What peft itself adds to `modules_to_save`, by task type: a model has one of them.
+HEADS = {
+    "SEQ_CLS": {"classifier", "score"},
+    "TOKEN_CLS": {"classifier", "score"},
+    "QUESTION_ANS": {"qa_outputs"},
+}
+
+
+def warn_unmatched(config: MoeConfig, keys: Sequence[str], every: Sequence[str]) -> None:
+    """Warn of what a config names and the model does not have, as peft does for `rank_pattern`.
+
+    Args:
+        config: the config.
+        keys: names of the targeted modules.
+        every: names of all modules; targets that other fields leave out are meant to be.
+    """
+    targets: set[str] = config.target_modules if isinstance(config.target_modules, set) else set()
+    layers = config.layers_to_transform
+    layers = [layers] if isinstance(layers, int) else layers or []
+    found = {layer[1] for layer in map(layer_of, keys) if layer}
+    unmatched = {
+        "num_experts_pattern keys": [
+            p for p in config.num_experts_pattern or () if not any(get_pattern_key([p], key) == p for key in keys)
+        ],
+        "target_modules": sorted(t for t in targets if not any(k == t or k.endswith(f".{t}") for k in every)),
+        "layers_to_transform": [layer for layer in layers if layer not in found],
+    }
+    for what, names in unmatched.items():
+        if names and keys:  # with none at all, peft raises an error
+            warnings.warn(f"{what} {names} match nothing and have no effect.", RuntimeWarning, stacklevel=2)
+
+
+def check_saved_modules(config: MoeConfig, keys: Sequence[str]) -> None:
+    """Raise a ValueError if a module to be trained whole is not in the model; peft would train nothing then."""
+    added = HEADS.get(str(config.task_type), set())
+    for name in set(config.modules_to_save or ()) - added:
+        if not any(key.endswith(name) for key in keys):
+            raise ValueError(
+                f"modules_to_save={config.modules_to_save!r}: no module of the model is called {name!r}, so that "
+                "nothing would be trained and saved for it; correct the name, or leave it out."
+            )
+
+
+def check_trained_tokens(config: MoeConfig, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Raise a ValueError if a token that is to be trained is beyond the model's embedding."""
+    given = config.trainable_token_indices
+    if not given:
+        return
+    for name, ids in given.items() if isinstance(given, dict) else [(None, given)]:
+        if name is None:  # that of the input, as peft has it
+            embeddings: Any = getattr(model, "get_input_embeddings", None)
+            found = embeddings() if callable(embeddings) else None
+        else:
+            found = next((module for key, module in modules.items() if key.endswith(name)), None)
+        size = getattr(found, "num_embeddings", None)
+        if size is not None and any(index >= size for index in ids):
+            raise ValueError(
+                f"trainable_token_indices={given!r}: the embedding has the tokens 0 to {size - 1}; give ids of these, "
+                "or call model.resize_token_embeddings first."
+            )
