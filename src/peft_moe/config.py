@@ -30,6 +30,7 @@ class Experts(NamedTuple):
 
 
 INITS = (True, False, "normal", "kaiming", "gaussian")
+BIASES = ("none", "all", "lora_only")  # peft's
 
 
 @dataclass
@@ -55,7 +56,8 @@ class MoeConfig(PeftConfig):
         modules_to_save: modules to train and save whole, such as a new classification head.
         trainable_token_indices: token ids whose embeddings are trained.
         fan_in_fan_out: the base weight is stored (in, out); set by itself for GPT-2's `Conv1D`.
-        bias: only `"none"`: a bias cannot be given to one expert, nor be folded per task.
+        bias: biases of the base model to train and save with the adapter, as in peft's LoRA: `"none"`, `"all"`, or
+            `"lora_only"`, those of the targeted modules. They are one for all experts and tasks.
 
     Raises:
         ValueError: a value out of range or fields that contradict each other; the message has the value, the rule and a
@@ -79,7 +81,7 @@ class MoeConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     fan_in_fan_out: bool = False
-    bias: Literal["none"] = "none"
+    bias: Literal["none", "all", "lora_only"] = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,8 +125,8 @@ class MoeConfig(PeftConfig):
                 raise ValueError(f"{name}={alpha!r} scales the adapter; give a number above 0.")
         if not any(self.init_lora_weights is init for init in INITS[:2]) and self.init_lora_weights not in INITS[2:]:
             raise ValueError(f"init_lora_weights={self.init_lora_weights!r} is not known; use one of {INITS}.")
-        if self.bias != "none":
-            raise ValueError(f"bias={self.bias!r}: biases cannot be given to one expert or one task; use bias='none'.")
+        if self.bias not in BIASES:
+            raise ValueError(f"bias={self.bias!r} is not known; use one of {BIASES}.")
 
     def experts_at(self, key: str) -> Experts:
         """The experts of the module at `key`, after patterns.
