@@ -164,7 +164,8 @@ def _composed(recipe: Path, base_model: str | None) -> PeftModel:
     if lost := [name for name, tensor in get_peft_model_state_dict(model).items() if tensor.is_meta]:
         raise ValueError(
             f"The adapter would hold {lost[0]!r}, a copy from the base model, whose weights are not loaded here; make "
-            f"it with from_loras, or compose without modules_to_save (a task_type of classifiers adds their heads)."
+            "it with from_loras, or compose with bias='none' and without modules_to_save (a task_type of classifiers "
+            "adds their heads)."
         )
     return model
 

@@ -42,6 +42,7 @@ class Experts(NamedTuple):
 
 
 INITS = (True, False, "normal", "kaiming", "gaussian")
+BIASES = ("none", "all", "lora_only")  # peft's
 
 
 @dataclass
@@ -67,7 +68,8 @@ class MoeConfig(SavedConfig):
         modules_to_save: modules to train and save whole, such as a new classification head.
         trainable_token_indices: token ids whose embeddings are trained.
         fan_in_fan_out: the base weight is stored (in, out); set by itself for GPT-2's `Conv1D`.
-        bias: only `"none"`: a bias cannot be given to one expert, nor be folded per task.
+        bias: biases of the base model to train and save with the adapter, as in peft's LoRA: `"none"`, `"all"`, or
+            `"lora_only"`, those of the targeted modules. They are one for all experts and tasks.
 
     Raises:
         ValueError: a value out of range or fields that contradict each other; the message has the value, the rule and a
@@ -91,7 +93,7 @@ class MoeConfig(SavedConfig):
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     fan_in_fan_out: bool = False
-    bias: Literal["none"] = "none"
+    bias: Literal["none", "all", "lora_only"] = "none"
 
     def __post_init__(self) -> None:
         self._check_kinds()
@@ -160,8 +162,8 @@ class MoeConfig(SavedConfig):
         named = isinstance(self.init_lora_weights, str) and self.init_lora_weights in INITS
         if not isinstance(self.init_lora_weights, bool) and not named:
             raise ValueError(f"init_lora_weights={self.init_lora_weights!r} is not known; use one of {INITS}.")
-        if not isinstance(self.bias, str) or self.bias != "none":
-            raise ValueError(f"bias={self.bias!r}: biases cannot be given to one expert or one task; use bias='none'.")
+        if not isinstance(self.bias, str) or self.bias not in BIASES:
+            raise ValueError(f"bias={self.bias!r} is not known; use one of {BIASES}.")
 
     def experts_at(self, key: str) -> Experts:
         """The experts of the module at `key`, after patterns.

@@ -41,7 +41,7 @@ from .routing.tasks import Task
 # Fields that mean the same in a stock LoRA.
 CARRIED = (
     "task_type", "base_model_name_or_path", "revision", "target_modules", "exclude_modules", "layers_to_transform",
-    "layers_pattern", "modules_to_save", "trainable_token_indices", "fan_in_fan_out",
+    "layers_pattern", "modules_to_save", "trainable_token_indices", "fan_in_fan_out", "bias",
 )  # fmt: skip
 
 
@@ -59,8 +59,8 @@ def fold(
 
     The directory holds what any peft can load without peft_moe: `lora_A` and `lora_B` with the scaling inside,
     `lora_alpha = r`, one rank throughout (smaller banks are filled up with zeros, because some servers know one rank
-    and one alpha only). Modules in `modules_to_save` and trained token embeddings come along if the adapter has them;
-    vLLM and llama.cpp do not take those.
+    and one alpha only). Modules in `modules_to_save`, trained token embeddings and biases come along if the adapter has
+    them; vLLM and llama.cpp do not take those.
 
     Args:
         source: a model with the adapter, or a directory or Hub id to read it from; the base model is not needed.

@@ -35,7 +35,7 @@ from .mixing import check_adapter_names, wrappers_told
 from .routing import Router, RoutingContext, adapters_of
 
 # Names in our own state-dict keys: an adapter called so would be taken for one of them when another adapter is saved.
-RESERVED = {"moelora_bank", "moelora_router", "gate", "embedding", "proj", "lora_A", "lora_B", "weight"}
+RESERVED = {"moelora_bank", "moelora_router", "gate", "embedding", "proj", "lora_A", "lora_B", "weight", "bias"}
 # Models whose layers see (seq, batch, hidden), or windows of the sequence before the batch.
 SEQUENCE_FIRST = {"chatglm", "fsmt", "led", "longformer", "transfo-xl", "xlnet"}
 # Methods that only some tuners have, and whose they are.
@@ -246,6 +246,13 @@ class MoeTuner(BaseTuner):
         super()._enable_adapter_layers(enabled)
         self.adapters_enabled = enabled
         self._sync_routers(enabled=enabled)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """As in peft, whose `bias="all"` goes by the ends of names, which those of other adapters' routers have too."""
+        routers = [(p, p.requires_grad) for name, p in model.named_parameters() if "moelora_router." in name]
+        super()._mark_only_adapters_as_trainable(model)
+        for parameter, requires_grad in routers:
+            parameter.requires_grad = requires_grad
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad)

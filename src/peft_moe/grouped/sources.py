@@ -261,7 +261,10 @@ def _of_task(config: Mapping[str, Any], state_dict: dict[str, torch.Tensor], tas
     moelora = MoeLoraConfig(**{name: value for name, value in config.items() if name in known})
     others = [name for name in state_dict if ".moelora_" not in name]
     if others:
-        raise ValueError(f"{where} has the tensor {others[0]!r} beside its experts; train it without modules_to_save.")
+        raise ValueError(
+            f"{where} has the tensor {others[0]!r} beside its experts; train it without modules_to_save, "
+            "trainable_token_indices and bias."
+        )
     if task is None:
         raise ValueError(f"{where} is a MOELORA adapter; say which of its tasks: 'task': one of {moelora.task_names}.")
     try:
