@@ -103,7 +103,7 @@ def test_importing_loads_nothing_that_only_training_needs():
 ORDER = [
     {"bank", "losses", "routing", "schedule"},
     {"config"},
-    {"blocks", "checkpointing", "entry", "folding", "layer", "prompts"},
+    {"blocks", "checkpointing", "entry", "folding", "layer", "packing", "prompts"},
     {"tuner"},
     {"token_routed"},
     {"moelora", "molora", "medmoe"},
@@ -112,7 +112,7 @@ ORDER = [
     {"directory"},
     {"compose", "fold"},
     {"metrics", "reading", "arguments", "data"},
-    {"callbacks", "card_methods", "evaluation", "training", "card"},
+    {"callbacks", "card_methods", "evaluation", "rollouts", "training", "card"},
     {"cli"},
 ]
 

@@ -230,6 +230,11 @@ class RoutingContext:
             )
         return ids
 
+    def may_lack_task(self, adapters: Sequence[str], *, default_is_enough: bool) -> bool:
+        """Whether a call that brings no tasks leaves one of these adapters without, or with its default only."""
+        known = [self._tasks[adapter] for adapter in adapters if adapter in self._tasks]
+        return self._chosen is None and any(t.default_task is None or not default_is_enough for t in known)
+
     def _encode(self, adapter: str, task: Task | Sequence[Task]) -> torch.Tensor:
         """A task, or several for the same rows, as ids (1,) or (1, k)."""
         several = isinstance(task, Sequence) and not isinstance(task, str)
