@@ -113,7 +113,7 @@ ORDER = [
     {"compose", "fold"},
     {"metrics", "reading", "arguments", "data"},
     {"callbacks", "card_methods", "evaluation", "rollouts", "training", "card"},
-    {"cli"},
+    {"cli", "integrations"},
 ]
 
 
