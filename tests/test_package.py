@@ -104,7 +104,7 @@ ORDER = [
     {"bank", "checks", "losses", "routing", "schedule", "stand_in"},
     {"saved"},
     {"config"},
-    {"blocks", "checkpointing", "entry", "folding", "integrity", "layer", "matching", "mixing", "prompts"},
+    {"blocks", "checkpointing", "entry", "folding", "integrity", "layer", "matching", "mixing", "packing", "prompts"},
     {"tuner"},
     {"token_routed"},
     {"moelora", "molora", "medmoe"},
@@ -113,8 +113,8 @@ ORDER = [
     {"calibrate", "card_methods", "directory", "resume"},
     {"compose", "fold", "fold_card", "hotswap"},
     {"metrics", "reading", "arguments", "data"},
-    {"callbacks", "evaluation", "training", "card"},
-    {"cli"},
+    {"callbacks", "evaluation", "rollouts", "training", "card"},
+    {"cli", "integrations"},
 ]
 
 

@@ -34,10 +34,14 @@ class BalanceScale(TrainerCallback):
 
     def on_step_begin(self, *rest: Any, **kwargs: Any) -> None:
         # the last step of an epoch may have fewer
-        self.tuner.context.outside.usual = 1 / self.trainer.current_gradient_accumulation_steps
+        outside = self.tuner.context.outside
+        outside.usual = 1 / self.trainer.current_gradient_accumulation_steps
+        # set by trainers that make a loss of their own, which may look like a likelihood in some micro-batches
+        outside.own_loss = getattr(self.trainer, "loss_is_scaled_for_ga", None) is not None
 
     def on_train_end(self, *rest: Any, **kwargs: Any) -> None:
-        self.tuner.context.outside.usual = None
+        outside = self.tuner.context.outside
+        outside.usual, outside.own_loss = None, False
 
 
 class RoutingCallback(TrainerCallback):

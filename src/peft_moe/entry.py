@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .checkpointing import keep_call_through_checkpointing
+from .packing import refuse_mixed_tasks
 from .prompts import for_forward, for_generate
 from .routing import Batch, Ledger, keep_mask
 
@@ -80,6 +81,8 @@ class Entry:
         batch = self._batch(args, kwargs, masks=training or tuner.recording or prompts)
         told: dict[str, Any] = {}
         first = self.method == "forward" and self.whole and not context.in_forward
+        if first and batch is not None and not context.open:  # generate makes rows of its own
+            refuse_mixed_tasks(tuner, batch, self._named(args, kwargs), task_ids, training=training)
         if prompts and batch is not None:
             arguments = self._named(args, kwargs)
             if self.method == "generate" and not context.open:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import pad
 
+from .packing import refuse_packing
 from .routing import Batch, Prompt, check_prompt_mask, prompt_before_labels
 
 if TYPE_CHECKING:
@@ -64,7 +65,11 @@ def for_forward(
     context = tuner.context
     given, labels, cache = (arguments.get(name) for name in ("prompt_mask", "labels", "past_key_values"))
     if not context.open:  # generate makes positions of its own
-        refuse_packing(batch, arguments)
+        refuse_packing(
+            batch,
+            arguments,
+            f"router_input='prompt' has one decision for a row; turn off packing and padding-free batches, {TOKEN}",
+        )
     if given is not None:
         states = arguments.get("encoder_outputs")
         check_prompt_mask(given, batch.rows, batch.tokens if states is None else states[0].shape[1])
@@ -129,26 +134,6 @@ def _in_cache(tuner: MoeTuner, cache: Any) -> Prompt | None:
             f"{known.names}; give the same, or read the prompt again, in a call without the cache."
         )
     return known
-
-
-def refuse_packing(batch: Batch, arguments: Mapping[str, Any]) -> None:
-    """Raise a ValueError if rows hold several texts, one after the other."""
-    positions, lengths = arguments.get("position_ids"), arguments.get("cu_seq_lens_q")
-    message = (
-        "Rows hold several texts, packed one after the other, and router_input='prompt' has one decision for a row; "
-        f"turn off packing and padding-free batches, {TOKEN}"
-    )
-    if isinstance(lengths, torch.Tensor) and len(lengths) > batch.rows + 1:
-        raise ValueError(message)
-    if isinstance(positions, torch.Tensor) and positions.dim() == 2 and positions.shape[1] > 1:
-        again = positions[:, 1:] == 0
-        if batch.mask is not None and batch.mask.shape == positions.shape:
-            again = again & batch.mask[:, :-1] & batch.mask[:, 1:]  # padding has any, and behind it a text begins
-        packed = again.any()
-        if packed.device.type != "cpu" or torch.compiler.is_compiling():
-            torch._assert_async(~packed, message)  # does not wait for the device
-        elif packed:
-            raise ValueError(message)
 
 
 def _unpadded(model: Any, arguments: Mapping[str, Any]) -> torch.Tensor | None:

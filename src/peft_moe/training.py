@@ -24,7 +24,8 @@ class TaskCollator:
     """Wraps a data collator: builds the batch with it and adds the rows' tasks as `task_ids`.
 
     Args:
-        collator: any collator that turns a list of rows into one batch and keeps one batch row per row.
+        collator: any collator that turns a list of rows into one batch and keeps one batch row per row, or makes all
+            chosen and then all rejected answers of them, as TRL's `DataCollatorForPreference` does.
         tasks: the adapter's task names in order; needed where the column holds names, and checks the range of ids.
         column: the rows' key that holds the task: an id, a name, or a list of them for a row of several tasks.
 
@@ -55,11 +56,14 @@ class TaskCollator:
             raise ValueError("There are no rows to make a batch of; give at least one.")
         ids = [self._ids(row) for row in features]
         batch = self.collator([{key: value for key, value in row.items() if key != self.column} for row in features])
+        rows = len(batch["input_ids"]) if "input_ids" in batch else len(ids)
+        if rows == 2 * len(ids) and "chosen_ids" in features[0]:
+            ids = ids + ids  # TRL's preference collators: the chosen answers of all rows, then the rejected ones
         # Collators that pack rows (TRL's packing and padding_free) leave fewer batch rows than tasks.
-        if "input_ids" in batch and len(batch["input_ids"]) != len(ids):
+        if rows != len(ids):
             raise ValueError(
-                f"{type(self.collator).__name__} made {len(batch['input_ids'])} batch rows of {len(ids)} rows, so "
-                "their tasks cannot be told apart; turn off packing and padding-free batches."
+                f"{type(self.collator).__name__} made {rows} batch rows of {len(ids)} rows, so their tasks cannot be "
+                "told apart; turn off packing and padding-free batches."
             )
         longest = max(len(row) for row in ids)
         padded = torch.tensor([row + [-1] * (longest - len(row)) for row in ids])
@@ -70,8 +74,8 @@ class TaskCollator:
         if self.column not in row:
             raise ValueError(
                 f"A row has no '{self.column}', only {sorted(row)}. If the dataset has it, it was dropped on the way: "
-                "by Trainer (set remove_unused_columns=False) or by the trainer's own preparation of the data (TRL: "
-                'tokenize the rows and also set dataset_kwargs={"skip_prepare_dataset": True}).'
+                "by Trainer (set remove_unused_columns=False), by packing, which mixes tasks within rows (turn it "
+                "off), or by the trainer's own preparation of the data."
             )
         value = row[self.column]
         value = value.tolist() if hasattr(value, "tolist") else value  # a tensor or a numpy number

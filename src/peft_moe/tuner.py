@@ -81,6 +81,10 @@ class MoeTuner(BaseTuner):
         """What else a method's banks are made with."""
         return {}
 
+    def routes_by_task(self, adapter_names: Sequence[str]) -> bool:
+        """Whether the task of a row chooses its experts in one of these adapters."""
+        return False
+
     def fill_bank(self, bank: ExpertBank, config: MoeConfig, key: str) -> None:
         """Give the bank of the module at `key` its first weights."""
         bank.reset_parameters(self.initialisation(config))

@@ -54,6 +54,9 @@ class MoeLoraModel(MoeTuner):
     def initialisation(config: MoeLoraConfig) -> bool | str:
         return "normal" if config.init_lora_weights is True else config.init_lora_weights  # as the authors' code
 
+    def routes_by_task(self, adapter_names: Sequence[str]) -> bool:
+        return any(self._is_routed(name) for name in adapter_names)
+
     def set_task(self, task: Task | Sequence[Task] | None) -> None:
         """Choose the task of all later calls that bring no `task_ids`; None takes the choice back.
 

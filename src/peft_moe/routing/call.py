@@ -18,7 +18,8 @@ from .tasks import Task, TaskIds, list_tasks
 HOW = (
     "pass task_ids= to model(...) or model.generate(...), choose one task for all calls with model.set_task(...), or "
     "set default_task in the config. In a Trainer, task_ids is a column of the dataset; a collator or trainer that "
-    "drops it needs peft_moe.training.TaskCollator and remove_unused_columns=False."
+    "drops it needs peft_moe.training.TaskCollator and remove_unused_columns=False. Packing mixes tasks and drops it: "
+    "turn it off."
 )
 
 

@@ -284,6 +284,11 @@ class RoutingContext:
             )
         return ids
 
+    def may_lack_task(self, adapters: Sequence[str], *, default_is_enough: bool) -> bool:
+        """Whether a call that brings no tasks leaves one of these adapters without, or with its default only."""
+        known = [self._tasks[adapter] for adapter in adapters if adapter in self._tasks]
+        return self._chosen is None and any(t.default_task is None or not default_is_enough for t in known)
+
     def _encode(self, adapter: str, task: Task | Sequence[Task]) -> torch.Tensor:
         return self._encoded(task, self._tasks[adapter].task_names)
 

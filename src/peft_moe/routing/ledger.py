@@ -22,11 +22,13 @@ class OutsideScale:
     Attributes:
         chosen: by the user, which then also holds for losses made of log-probabilities; None if not chosen.
         usual: by the trainer's accumulation steps; None if not known.
+        own_loss: the trainer makes a loss of its own, so that log-probabilities need not be looked at for a likelihood.
     """
 
     def __init__(self) -> None:
         self.chosen: float | None = None
         self.usual: float | None = None
+        self.own_loss = False
         self.looked = False  # whether a loss of log-probabilities is a likelihood
         self._warned = False
 
@@ -121,12 +123,13 @@ class Ledger:
     def _scale_of_tokens(self, g: torch.Tensor, labelled: torch.Tensor) -> torch.Tensor:
         """In a negative log-likelihood every label has the same factor, and these add up to the factor on its mean.
 
-        Other losses of log-probabilities, as for preferences, have no such factor.
+        Other losses of log-probabilities, as for preferences, have no such factor, even where they look alike: a
+        policy's loss on a single answer, or on answers without advantages, whose gradient is zero.
         """
-        if self.outside.chosen is not None:
-            return g.new_tensor(self.outside.chosen)
+        if self.outside.chosen is not None or self.outside.own_loss:
+            return g.new_tensor(self.outside.value(warn=False))
         low, high = torch.where(labelled, g, math.inf).min(), torch.where(labelled, g, -math.inf).max()
-        likelihood = (high <= 0) & (high - low <= 1e-3 * low.abs())
+        likelihood = (high < 0) & (high - low <= 1e-3 * low.abs())
         if not self.outside.looked:  # once: looking waits for the device
             self.outside.looked = True
             if not likelihood:
