@@ -103,7 +103,7 @@ def test_importing_loads_nothing_that_only_training_needs():
 ORDER = [
     {"bank", "losses", "routing", "schedule"},
     {"config"},
-    {"blocks", "checkpointing", "entry", "folding", "layer", "prompts"},
+    {"blocks", "checkpointing", "entry", "folding", "layer", "prompts", "quantised"},
     {"tuner"},
     {"token_routed"},
     {"moelora", "molora", "medmoe"},
