@@ -104,7 +104,8 @@ ORDER = [
     {"bank", "checks", "losses", "routing", "schedule", "stand_in"},
     {"saved"},
     {"config"},
-    {"blocks", "checkpointing", "entry", "folding", "integrity", "layer", "matching", "mixing", "packing", "prompts"},
+    {"blocks", "checkpointing", "entry", "folding", "integrity", "layer"}
+    | {"matching", "mixing", "packing", "prompts", "quantised"},
     {"tuner"},
     {"token_routed"},
     {"moelora", "molora", "medmoe"},

@@ -9,12 +9,13 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils import quantization_extra_repr
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .bank import ExpertBank
+from .quantised import Aside, backend_of, check_can_merge, is_quantised_linear, requantise, weight_of
 from .routing import Batch, GroupedRouter, Router, RoutingContext, TaskRouter, View
 from .stand_in import StandIn, fingerprint
 
@@ -52,11 +53,12 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         self.shared_routers: dict[str, Router] = {}  # registered on the tuner, so not here: a parameter has one name
         self.stand_ins: dict[str, StandIn] = {}  # from `calibrate`; an adapter's weights do not depend on them
         self.in_features, self.out_features = cast(tuple[int, int], _get_in_out_features(self.get_base_layer()))
-        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
+        self.quantization_backend = backend_of(self.get_base_layer(), **kwargs)
         self.cast_input_dtype_enabled = True
         self.merged_adapters: list[str] = []
         # what to take out again, whatever is trained meanwhile
         self._merged_weights: dict[str, torch.Tensor | StandIn | None] = {}
+        self._unmerged: Aside | None = None  # a quantised base as it was before merging
         self._disable_adapters = False
         self._active_adapter: str | list[str] = adapter_name
         self.train(base_layer.training)
@@ -262,32 +264,36 @@ class MoeLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take merged adapters out of the base weight again."""
+        """Take merged adapters out of the base weight again; a quantised weight is put back as it was."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        done = self._unmerged is not None and self._unmerged.put_back(self)
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
-            self._add_to_base(-self._delta_weight(adapter, self._merged_weights.pop(adapter)))
+            weights = self._merged_weights.pop(adapter)
+            if not done:
+                self._add_to_base(-self._delta_weight(adapter, weights))
             self.context.merged.pop(adapter, None)
             self.context.in_base.discard(adapter)
+        self._unmerged = None
 
     def _add_to_base(self, delta: torch.Tensor, check_for: str | None = None) -> None:
-        if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
-            raise ValueError(
-                f"Weights quantised by {self.quantization_backend.backend_name} cannot be merged into; fold the "
-                "adapter into a stock LoRA instead (peft_moe.fold)."
-            )
-        if type(self.get_base_layer().weight).__module__.startswith("optimum.quanto"):
-            raise ValueError(
-                "Merging into weights quantised by quanto goes wrong; fold the adapter instead (peft_moe.fold)."
-            )
-        weight = self.get_base_weight()
-        merged = weight + delta.to(device=weight.device, dtype=weight.dtype)
+        check_can_merge(self)
+        weight = weight_of(self)
+        delta = delta.to(device=weight.device)
+        merged = weight + delta.to(weight.dtype)
         if check_for is not None and not torch.isfinite(merged).all():
             # peft's words, which its users search for
             raise ValueError(f"NaNs detected in the merged weights. The adapter {check_for} seems to be broken")
-        self.set_base_weight(merged)
+        if self.quantization_backend is None:
+            self.set_base_weight(merged)
+            return
+        before = Aside(self.get_base_layer())
+        loss = requantise(self, weight, delta, measure=self.context.requantised is not None)
+        self._unmerged = self._unmerged or before
+        if self.context.requantised is not None and loss is not None:
+            self.context.requantised.setdefault(self.quantization_backend.backend_name, []).append(loss)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return adapter_name in self.stand_ins or not self.reads_input(adapter_name)
@@ -326,7 +332,7 @@ def check_base_layer(module: nn.Module, key: str) -> None:
             f"Target module {key!r} belongs to torch.nn.MultiheadAttention, which reads its weight and never calls "
             "it, so that an adapter would have no effect; name it in exclude_modules."
         )
-    linear = isinstance(base, (nn.Linear, Conv1D)) or resolve_quantization_backend(base) is not None
+    linear = isinstance(base, (nn.Linear, Conv1D)) or is_quantised_linear(base)
     if not linear and not (hasattr(base, "in_features") and hasattr(base, "out_features")):
         raise ValueError(
             f"Target module {key!r} is a {type(base).__name__}, which is not supported: experts extend linear layers "

@@ -32,6 +32,7 @@ from .integrity import adapter_tensors, check_tensors, check_weights_file, names
 from .layer import IN_BASE_EXPERTS, MoeLinear, check_base_layer
 from .matching import check_saved_modules, check_trained_tokens, warn_unmatched
 from .mixing import check_adapter_names, wrappers_told
+from .quantised import check_can_merge, is_quantised_linear, measured
 from .routing import Router, RoutingContext, adapters_of
 
 # Names in our own state-dict keys: an adapter called so would be taken for one of them when another adapter is saved.
@@ -419,15 +420,25 @@ class MoeTuner(BaseTuner):
             if isinstance(layer, MoeLinear):
                 layer.check_mergeable(adapter_name)
 
+    def _check_all_mergeable(self, adapter_names: list[str] | None) -> None:
+        """Raise a ValueError unless adapters, None for the active ones, can be merged into all of their layers."""
+        names = self.known_adapters(adapter_names)
+        for name in names:
+            self.check_mergeable(name)
+        for key, layer in self.model.named_modules():
+            if isinstance(layer, MoeLinear) and any(name in layer.moelora_bank for name in names):
+                check_can_merge(layer, key)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As in peft.
+        """As in peft; into quantised weights with a warning of what was measured to be lost.
 
         Raises:
-            ValueError: what an adapter adds depends on the input and was not calibrated; nothing is merged then.
+            ValueError: what an adapter adds depends on the input and was not calibrated, or a quantised layer cannot be
+                merged into; nothing is merged then.
         """
-        for name in self.known_adapters(adapter_names):
-            self.check_mergeable(name)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        self._check_all_mergeable(adapter_names)
+        with measured(self.context):
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
         self,
@@ -437,11 +448,11 @@ class MoeTuner(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            for name in self.known_adapters(adapter_names):
-                self.check_mergeable(name)
-        unloaded = super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
+            self._check_all_mergeable(adapter_names)
+        with measured(self.context):
+            unloaded = super()._unload_and_optionally_merge(
+                merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+            )
         model = cast(nn.Module, unloaded)
         undo_checkpointing(model, self.context)
         for method in ("forward", "generate"):
@@ -480,7 +491,7 @@ def warn_of_base_experts(model: nn.Module) -> None:
 def linear_layers_in_blocks(model: nn.Module) -> set[str]:
     """Name endings of the linear layers in a model's repeated blocks, which the paper adapts; no pooler, no head."""
     bases = {k: m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for k, m in modules_outside_adapters(model)}
-    linear = (key for key, base in bases.items() if isinstance(base, (nn.Linear, Conv1D)))
+    linear = (key for key, base in bases.items() if isinstance(base, (nn.Linear, Conv1D)) or is_quantised_linear(base))
     # a base model's own router is a linear layer in some, and not called like one
     left_out = (IN_BASE_EXPERTS, re.compile(r"(^|\.)router(\.|$)"))
     chosen = {key for key in linear if re.search(r"\.\d+\.", f".{key}") and not any(r.search(key) for r in left_out)}

@@ -37,6 +37,8 @@ class RoutingContext:
         self.one_task_only = one_task_only
         self.merged: dict[str, torch.Tensor] = {}  # by adapter, the task ids (1,) or (1, k) in the base weights now
         self.in_base: set[str] = set()  # adapters that are merged into the base weights
+        # while merging is measured, by quantisation backend how much of what was added each layer lost
+        self.requantised: dict[str, list[float]] | None = None
         self._tasks: dict[str, Tasks] = {}
         self._chosen: Task | Sequence[Task] | None = None
         self._chosen_ids: dict[str, torch.Tensor] = {}
