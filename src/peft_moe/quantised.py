@@ -1,7 +1,7 @@
 """Quantised base layers: what they are read with, and what merging into them loses.
 
-peft's quantisation backends do the work; this is what they leave open: whether a layer can be merged into is known before
-the first is changed, what rounding the merged weight anew loses is measured, and unmerging gives the weight back.
+peft's quantisation backends do the work. This is what they leave open: whether a layer can be merged into is known
+before the first is changed, what rounding a merged weight anew loses is measured, and unmerging gives it back.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def backend_of(base: nn.Module, **kwargs: Any) -> Any:
 
 
 def _unknown() -> Any:
-    raise ValueError("How these weights were quantised is not known; load the model by transformers with TorchAoConfig.")
+    raise ValueError(
+        "How these weights were quantised is not known; load the model by transformers with TorchAoConfig."
+    )
 
 
 def is_quantised_linear(module: nn.Module) -> bool:
@@ -121,8 +123,8 @@ def requantise(layer: BaseTunerLayer, weight: torch.Tensor, delta: torch.Tensor,
     """Put `weight + delta` in place of the base weight, which is `weight`; if that fails, it is as it was.
 
     Returns:
-        if it is to be measured, and delta is not zero, how much of the change was lost: `‖W' - W - Δ‖ / ‖Δ‖` (Frobenius)
-        with W' the new weight.
+        if it is to be measured, and delta is not zero, how much of the change was lost: `‖W' - W - Δ‖ / ‖Δ‖`
+        (Frobenius) with W' the new weight.
     """
     before = Aside(layer.get_base_layer())
     wanted = weight.float() + delta.float()
@@ -150,14 +152,13 @@ def measured(context: RoutingContext) -> Iterator[None]:
 
 def loss_of_merging(losses: dict[str, Sequence[float]]) -> str:
     """What `measured` says of the losses by backend."""
-    figures = "; ".join(
-        f"{name}, {len(found)} layer{'s' * (len(found) > 1)}: {sum(found) / len(found):.3g} on average, {max(found):.3g} "
-        "in the worst"
-        for name, found in losses.items()
-    )
+    figures = []
+    for name, found in losses.items():
+        layers = f"{len(found)} layer{'s' * (len(found) > 1)}"
+        figures.append(f"{name}, {layers}: {sum(found) / len(found):.3g} on average, {max(found):.3g} in the worst")
     return (
-        f"Merging rounds quantised weights anew. The error of what was added, relative to it ({figures}), is now part "
-        "of the model, where 1 is as much as if nothing had been merged. To lose nothing, leave the adapter unmerged, or "
-        "fold it into a stock LoRA (peft_moe.fold), which goes beside the quantised weights or can be merged into the "
-        "model before quantisation. model.unmerge_adapter() gives the weights back as they were."
+        f"Merging rounds quantised weights anew. The error of what was added, relative to it ({'; '.join(figures)}), "
+        "is now part of the model, where 1 is as much as if nothing had been merged. To lose nothing, leave the adapter "
+        "unmerged, or fold it into a stock LoRA (peft_moe.fold), which goes beside the quantised weights or can be "
+        "merged into the model before quantisation. model.unmerge_adapter() gives the weights back as they were."
     )
