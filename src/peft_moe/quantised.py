@@ -1,7 +1,7 @@
 """Quantised base layers: what they are read with, and what merging into them loses.
 
-peft's quantisation backends do the work; this is what they leave open: whether a layer can be merged into is known before
-the first is changed, what rounding the merged weight anew loses is measured, and unmerging gives the weight back.
+peft's quantisation backends do the work. This is what they leave open: whether a layer can be merged into is known
+before the first is changed, what rounding a merged weight anew loses is measured, and unmerging gives it back.
 """
 
 from __future__ import annotations
@@ -28,29 +28,37 @@ def backend_of(base: nn.Module, **kwargs: Any) -> Any:
     """peft's quantisation backend of a layer, None if it has none.
 
     A layer that torchao quantised outside of transformers cannot be quantised anew, and so not merged into; as under
-    peft's LoRA, the rest works.
+    peft's LoRA, that is a warning, and the rest works.
 
     Args:
         kwargs: what `peft.utils.get_quantization_kwargs` finds in the model.
     """
-    if "get_apply_tensor_subclass" in kwargs:
-        return resolve_quantization_backend(base, **kwargs)
-    backend = resolve_quantization_backend(base, get_apply_tensor_subclass=_unknown, **kwargs)
+    backend = _resolve(base, **kwargs)
     if getattr(backend, "get_apply_tensor_subclass", None) is _unknown:
-        backend.supports_merge = False  # type: ignore[union-attr]
+        backend.supports_merge = False
+        warnings.warn(
+            "torchao has quantised layers of the model outside of transformers, so that how is not known and nothing "
+            "can be merged into them; the rest works. To merge, load the model with "
+            "from_pretrained(..., quantization_config=TorchAoConfig(...)).",
+            UserWarning,
+            stacklevel=2,
+        )
     return backend
 
 
+def _resolve(base: nn.Module, **kwargs: Any) -> Any:
+    return resolve_quantization_backend(base, **{"get_apply_tensor_subclass": _unknown} | kwargs)
+
+
 def _unknown() -> Any:
-    raise ValueError(
-        "How these weights were quantised is not known; load the model by transformers with TorchAoConfig."
-    )
+    """Stands for how torchao quantised a layer."""
+    raise NotImplementedError
 
 
 def is_quantised_linear(module: nn.Module) -> bool:
     """Whether peft knows the module as a quantised linear layer."""
-    backend = backend_of(module)
-    return backend is not None and backend.layer_type == "linear" and not isinstance(module, nn.Embedding)
+    backend = None if isinstance(module, nn.Embedding) else _resolve(module)
+    return backend is not None and backend.layer_type == "linear"
 
 
 def check_can_merge(layer: BaseTunerLayer, where: str = "these layers") -> None:
@@ -123,8 +131,8 @@ def requantise(layer: BaseTunerLayer, weight: torch.Tensor, delta: torch.Tensor,
     """Put `weight + delta` in place of the base weight, which is `weight`; if that fails, it is as it was.
 
     Returns:
-        if it is to be measured, and delta is not zero, how much of the change was lost: `‖W' - W - Δ‖ / ‖Δ‖` (Frobenius)
-        with W' the new weight.
+        if it is to be measured, and delta is not zero, how much of the change was lost: `‖W' - W - Δ‖ / ‖Δ‖`
+        (Frobenius) with W' the new weight.
     """
     before = Aside(layer.get_base_layer())
     wanted = weight.float() + delta.float()
@@ -152,14 +160,13 @@ def measured(context: RoutingContext) -> Iterator[None]:
 
 def loss_of_merging(losses: dict[str, Sequence[float]]) -> str:
     """What `measured` says of the losses by backend."""
-    figures = "; ".join(
-        f"{name}, {len(found)} layer{'s' * (len(found) > 1)}: {sum(found) / len(found):.3g} on average, {max(found):.3g} "
-        "in the worst"
-        for name, found in losses.items()
-    )
+    figures = []
+    for name, found in losses.items():
+        layers = f"{len(found)} layer{'s' * (len(found) > 1)}"
+        figures.append(f"{name}, {layers}: {sum(found) / len(found):.3g} on average, {max(found):.3g} in the worst")
     return (
-        f"Merging rounds quantised weights anew. The error of what was added, relative to it ({figures}), is now part "
-        "of the model, where 1 is as much as if nothing had been merged. To lose nothing, leave the adapter unmerged, or "
-        "fold it into a stock LoRA (peft_moe.fold), which goes beside the quantised weights or can be merged into the "
-        "model before quantisation. model.unmerge_adapter() gives the weights back as they were."
+        f"Merging rounds quantised weights anew. The error of what was added, relative to it ({'; '.join(figures)}), "
+        "is now part of the model, where 1 is as much as if nothing had been merged. To lose nothing, leave the "
+        "adapter unmerged, or fold it into a stock LoRA (peft_moe.fold), which goes beside the quantised weights or "
+        "can be merged into the model before quantisation. model.unmerge_adapter() gives the weights back as they were."
     )
