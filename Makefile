@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow quality style
+.PHONY: help demo test test-slow conformance quality style
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -17,6 +17,9 @@ test: $(VENV)/.test-stamp  ## the tests that take seconds
 
 test-slow: $(VENV)/.test-stamp  ## every test
 	$(BIN)/python -m pytest -n 2 $(TEST_ARGS)
+
+conformance: $(VENV)/.test-stamp  ## peft's own tests against our configs; PEFT_SRC=checkout of peft at the installed version
+	$(BIN)/python scripts/conformance.py $(CONFORMANCE_ARGS)
 
 quality: $(VENV)/.quality-stamp  ## lint, format and types, as CI checks them
 	$(BIN)/ruff check .
