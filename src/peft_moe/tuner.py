@@ -253,6 +253,19 @@ class MoeTuner(BaseTuner):
         ours = re.sub(rf"(^|\.)(moelora_(?:bank|router))\.{re.escape(adapter_name)}\.", r"\1\2.", key, count=1)
         return ours if ours != key else super()._remove_adapter_name_from_key(key, adapter_name)
 
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: MoeConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        check_gathered(found, adapter_name)
+        return found
+
     # calls
 
     @contextmanager
@@ -299,6 +312,24 @@ class MoeTuner(BaseTuner):
         for method in ("forward", "generate"):
             Entry.remove(model, method)
         return model
+
+
+def check_gathered(state_dict: dict[str, torch.Tensor], adapter_name: str) -> None:
+    """Refuse to save what one process holds of weights that several share, which no one could load again.
+
+    Raises:
+        ValueError: a tensor without elements, or a matrix of an expert that is flat.
+    """
+    matrices = (".lora_A.weight", ".lora_B.weight")
+    partial = [key for key, t in state_dict.items() if not t.numel() or (key.endswith(matrices) and t.dim() != 2)]
+    if partial:
+        raise ValueError(
+            f"Adapter {adapter_name!r} is not whole in this process: {partial[0]!r} has shape "
+            f"{tuple(state_dict[partial[0]].shape)} ({len(partial)} of {len(state_dict)} tensors are like that), as "
+            "under DeepSpeed ZeRO-3 and FSDP, which split weights over processes. Nothing was written. In all processes "
+            "call trainer.save_model(), or state_dict = accelerator.get_state_dict(prepared_model) and then "
+            "model.save_pretrained(folder, state_dict=state_dict) in the main one."
+        )
 
 
 def warn_of_base_experts(model: nn.Module) -> None:
