@@ -1,4 +1,4 @@
-"""Two processes do what one does: losses, saved adapters, resuming, under DDP and FSDP2; ZeRO where DeepSpeed is there."""
+"""Two processes do what one does: losses, saved adapters, resuming; DDP, FSDP2, and ZeRO where DeepSpeed is there."""
 
 import json
 import os

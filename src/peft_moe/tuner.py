@@ -326,8 +326,8 @@ def check_gathered(state_dict: dict[str, torch.Tensor], adapter_name: str) -> No
         raise ValueError(
             f"Adapter {adapter_name!r} is not whole in this process: {partial[0]!r} has shape "
             f"{tuple(state_dict[partial[0]].shape)} ({len(partial)} of {len(state_dict)} tensors are like that), as "
-            "under DeepSpeed ZeRO-3 and FSDP, which split weights over processes. Nothing was written. In all processes "
-            "call trainer.save_model(), or state_dict = accelerator.get_state_dict(prepared_model) and then "
+            "under DeepSpeed ZeRO-3 and FSDP, which split weights over processes. Nothing was written. In all "
+            "processes call trainer.save_model(), or state_dict = accelerator.get_state_dict(prepared_model) and then "
             "model.save_pretrained(folder, state_dict=state_dict) in the main one."
         )
 

@@ -147,7 +147,7 @@ class GroupedMoeModel(MoeTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        # What DeepSpeed collects has no buffers that torch calls not persistent. Other processes collect nothing at all.
+        # DeepSpeed collects no buffers that torch calls not persistent, and all but one process collect nothing.
         for name, module in model.named_modules() if found else ():
             if isinstance(module, FrozenLinear) and f".moelora_bank.{adapter_name}." in name:
                 found.setdefault(f"{WRAPPERS.sub('', name)}.weight", module.weight)
