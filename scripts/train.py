@@ -214,7 +214,12 @@ def main(argv: list[str]) -> None:
     model, tokenizer = load_model(model_args, config)
     trainer = build_trainer(args, data_args, model, tokenizer, examples)
     generation = {"batch_size": args.per_device_eval_batch_size, "max_new_tokens": data_args.max_new_tokens}
-    if data_args.eval_split:
+    scored = not is_sharded(trainer)
+    if not scored:
+        check_best_model(args)
+        if trainer.is_world_process_zero():
+            print("The model is split over processes and cannot answer: score what is saved with scripts/evaluate.py.")
+    if data_args.eval_split and scored:
         trainer.add_callback(TaskEvaluation(trainer, examples[data_args.eval_split], info, **generation))
 
     if isinstance(config, TokenRoutedConfig) and any(model.routers()):  # one expert everywhere is a plain LoRA
@@ -226,7 +231,7 @@ def main(argv: list[str]) -> None:
     trainer.save_metrics("train", metrics)
     trainer.save_state()
     results, split = {}, data_args.test_split or data_args.eval_split
-    if split:
+    if split and scored:
         results = score_with_trainer(trainer, examples[split], info, **generation)
         trainer.save_metrics(split, {split: results})
     save(trainer, data_args, info, results, split)
@@ -328,6 +333,22 @@ def build_trainer(
         eval_dataset=rows.get(data_args.eval_split),
         processing_class=tokenizer,
     )
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether FSDP or ZeRO-3 keeps a part of the weights in each process, so that none of them can generate."""
+    deepspeed = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return bool(trainer.is_fsdp_enabled or (deepspeed is not None and deepspeed.zero_stage == 3))
+
+
+def check_best_model(args: TrainingArguments) -> None:
+    """Raise a ValueError if the best model is to be chosen by scores that there will not be."""
+    if args.load_best_model_at_end and args.metric_for_best_model not in (None, "loss", "eval_loss"):
+        raise ValueError(
+            f"metric_for_best_model={args.metric_for_best_model!r} is a score of generated answers, and a model that "
+            "FSDP or ZeRO-3 splits over processes cannot generate; use --load_best_model_at_end false, or "
+            "--metric_for_best_model loss --greater_is_better false."
+        )
 
 
 def save(

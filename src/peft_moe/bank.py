@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,13 +25,52 @@ class FrozenLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.empty(out_features, in_features))
+        # Not persistent by name only, since the state dict has it all the same. Where one process loads for all under
+        # FSDP2, accelerate puts the model on the meta device and then looks for shards of all that its state dict has,
+        # which buffers do not have; those that are not persistent it puts back as they were.
+        self.register_buffer("weight", torch.empty(out_features, in_features), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.weight.is_meta:
+            destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.weight.is_meta and f"{prefix}weight" not in state_dict:
+            return
+        self._non_persistent_buffers_set.clear()
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        finally:
+            self._non_persistent_buffers_set.add("weight")
+
     def extra_repr(self) -> str:
         return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}"
+
+
+class GramLinear(nn.Linear):
+    """A linear layer without bias that can be asked about its own weight: called with a number of ranks instead of an
+    input, it gives the inner products between the vectors of the first so many ranks, in float32.
+
+    FSDP and ZeRO-3 keep weights in parts and put them together for a call of the layer that has them, and only then.
+
+    Args:
+        in_features, out_features: sizes; one of them is the number of ranks.
+        rank_first: whether ranks are the weight's rows (A), or its columns (B).
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, rank_first: bool) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.rank_first = rank_first
+
+    def forward(self, x: torch.Tensor | int) -> torch.Tensor:
+        if isinstance(x, torch.Tensor):
+            return super().forward(x)
+        vectors = (self.weight[:x] if self.rank_first else self.weight[:, :x].T).float()
+        return vectors @ vectors.T
 
 
 class ExpertBank(nn.Module):
@@ -76,6 +116,9 @@ class ExpertBank(nn.Module):
         self.lora_B: nn.Linear | FrozenLinear
         if frozen:
             self.lora_A, self.lora_B = FrozenLinear(in_features, sum(ranks)), FrozenLinear(sum(ranks), out_features)
+        elif num_anchored:
+            self.lora_A = GramLinear(in_features, sum(ranks), rank_first=True)
+            self.lora_B = GramLinear(sum(ranks), out_features, rank_first=False)
         else:
             self.lora_A = nn.Linear(in_features, sum(ranks), bias=False)
             self.lora_B = nn.Linear(sum(ranks), out_features, bias=False)
@@ -179,12 +222,12 @@ class ExpertBank(nn.Module):
     def anchor_loss(self) -> torch.Tensor:
         """`Σ_i ‖s_i B_i A_i‖²` (Frobenius) over the anchored experts, in float32: how far they are from zero."""
         ranks = self.ranks[: self.num_anchored]
-        a = self.lora_A.weight[: sum(ranks)].float().split(ranks)
-        b = self.lora_B.weight[:, : sum(ranks)].float().split(ranks, dim=1)
-        # tr(AᵀBᵀBA) in rank space, without the (out, in) product
-        experts = zip(self.factors, a, b, strict=False)  # factors are of all experts
         with torch.autocast(self.lora_A.weight.device.type, enabled=False):
-            return torch.stack([s**2 * ((b_i.T @ b_i) * (a_i @ a_i.T)).sum() for s, a_i, b_i in experts]).sum()
+            # tr(AᵀBᵀBA) in rank space, without the (out, in) product
+            of_both = self.lora_A(sum(ranks)) * self.lora_B(sum(ranks))  # (ranks, ranks)
+            blocks = [of_rows.split(ranks, dim=1)[i] for i, of_rows in enumerate(of_both.split(ranks))]
+            factors = zip(self.factors, blocks, strict=False)  # they are of all experts
+            return torch.stack([s**2 * block.sum() for s, block in factors]).sum()
 
     def folded(self, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The bank under fixed weights (E,) as one LoRA of rank R and scaling 1: A (R, in), B (out, R)."""

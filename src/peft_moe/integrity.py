@@ -128,6 +128,24 @@ def names_of_tensors(model: nn.Module) -> Iterator[str]:
         yield from (name for name, _ in tensors)
 
 
+def check_gathered(state_dict: dict[str, torch.Tensor], adapter_name: str) -> None:
+    """Refuse to save what one process holds of weights that several share, which no one could load again.
+
+    Raises:
+        ValueError: a tensor without elements, or a matrix of an expert that is flat.
+    """
+    matrices = (".lora_A.weight", ".lora_B.weight")
+    partial = [key for key, t in state_dict.items() if not t.numel() or (key.endswith(matrices) and t.dim() != 2)]
+    if partial:
+        raise ValueError(
+            f"Adapter {adapter_name!r} is not whole in this process: {partial[0]!r} has shape "
+            f"{tuple(state_dict[partial[0]].shape)} ({len(partial)} of {len(state_dict)} tensors are like that), as "
+            "under DeepSpeed ZeRO-3 and FSDP, which split weights over processes. Nothing was written. In all "
+            "processes call trainer.save_model(), or state_dict = accelerator.get_state_dict(prepared_model) and then "
+            "model.save_pretrained(folder, state_dict=state_dict) in the main one."
+        )
+
+
 def _check_numbers(where: str, key: str, tensor: torch.Tensor) -> None:
     if not isinstance(tensor, torch.Tensor) or not (tensor.is_floating_point() or "moelora_" not in key):
         kind = getattr(tensor, "dtype", type(tensor).__name__)

@@ -28,7 +28,7 @@ from .bank import ExpertBank
 from .checkpointing import undo_checkpointing
 from .config import MoeConfig
 from .entry import Entry
-from .integrity import adapter_tensors, check_tensors, check_weights_file, names_of_tensors
+from .integrity import adapter_tensors, check_gathered, check_tensors, check_weights_file, names_of_tensors
 from .layer import IN_BASE_EXPERTS, MoeLinear, check_base_layer
 from .matching import check_saved_modules, check_trained_tokens, warn_unmatched
 from .mixing import check_adapter_names, wrappers_told
@@ -316,6 +316,19 @@ class MoeTuner(BaseTuner):
                 take_out(model, adapter_name)
             raise
         config.read_from = None
+        return found
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: MoeConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        check_gathered(found, adapter_name)
         return found
 
     # calls
