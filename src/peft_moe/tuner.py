@@ -29,7 +29,7 @@ from .checkpointing import undo_checkpointing
 from .config import MoeConfig
 from .entry import Entry
 from .layer import MoeLinear, check_base_layer
-from .matching import check_saved_modules, check_trained_tokens, warn_unmatched
+from .matching import check_saved_modules, check_trained_tokens, settle_patterns, warn_unmatched
 from .routing import Router, RoutingContext
 
 # Names in our own state-dict keys: an adapter called so would be taken for one of them when another adapter is saved.
@@ -148,6 +148,7 @@ class MoeTuner(BaseTuner):
         check_trained_tokens(peft_config, model, every)
         check_saved_modules(peft_config, list(every))
         warn_unmatched(peft_config, keys, list(every))
+        settle_patterns(peft_config, keys)
 
     @abstractmethod
     def check_routing(self, config: MoeConfig, keys: list[str]) -> None:
