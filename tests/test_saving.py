@@ -183,6 +183,26 @@ def test_what_cannot_be_injected_leaves_the_model_alone(fields, message):
     assert torch.equal(logits(base, inputs), logits(make_model("llama"), inputs))
 
 
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern", "num_experts_pattern"])
+def test_patterns_that_overlap_mean_the_same_when_they_have_been_saved_which_sorts_them(name, tmp_path):
+    pattern = {r"layers\.0\..*": 4, "gate_proj": 8, "nope": 2}  # the first of these that matches counts
+    with pytest.warns(RuntimeWarning, match="nope"):
+        model = routed("llama", num_experts=2, **{name: pattern})
+    (of_0, of_1) = (m for m in routed_layers(model) if m.out_features == 64)
+    banks = [layer.moelora_bank["default"] for layer in (of_0, of_1)]
+    found = {
+        "rank_pattern": [sum(bank.ranks) for bank in banks],
+        "alpha_pattern": [bank.factors[0] * 8 for bank in banks],
+        "num_experts_pattern": [len(bank.ranks) for bank in banks],
+    }
+    assert found[name] == [4, 8]
+    expected = logits(model, make_inputs("llama"), task_ids=IDS)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(RuntimeWarning, match="nope"):
+        loaded = PeftModel.from_pretrained(make_model("llama"), tmp_path).eval()
+    assert torch.equal(logits(loaded, make_inputs("llama"), task_ids=IDS), expected)
+
+
 def test_a_pattern_that_matches_nothing_warns():
     with pytest.warns(RuntimeWarning, match=r"num_experts_pattern keys \['nope'\] match nothing"):
         routed("llama", num_experts_pattern={"nope": 2, "q_proj": 2})

@@ -44,6 +44,36 @@ def warn_unmatched(config: MoeConfig, keys: Sequence[str], every: Sequence[str])
             warnings.warn(f"{what} {names} match nothing and have no effect.", RuntimeWarning, stacklevel=2)
 
 
+def settle_patterns(config: MoeConfig, keys: Sequence[str]) -> None:
+    """Let patterns give the modules at `keys` the same values when they have been saved, which sorts them.
+
+    The first that matches a module counts. Where another one would come first in alphabetical order, the pattern is
+    replaced by one with a name of its own for each module.
+
+    Raises:
+        ValueError: names of modules end in those of others, so that this would not be told apart either.
+    """
+    for name in ("rank_pattern", "alpha_pattern", "num_experts_pattern"):
+        pattern: dict[str, float] = getattr(config, name) or {}
+        values = {key: pattern[found] for key in keys if (found := get_pattern_key(list(pattern), key)) in pattern}
+        if _sorted_values(pattern, keys) == values:
+            continue
+        matched = {get_pattern_key(list(pattern), key) for key in keys}
+        settled = values | {entry: value for entry, value in pattern.items() if entry not in matched}
+        if _sorted_values(settled, keys) != values:
+            raise ValueError(
+                f"{name}={pattern!r}: several keys match the same module, the first counts, and a saved config has "
+                "them in alphabetical order, where another comes first; write keys of which one alone matches a module."
+            )
+        setattr(config, name, settled)
+
+
+def _sorted_values(pattern: Mapping[str, float], keys: Sequence[str]) -> dict[str, float]:
+    """What the modules at `keys` get from a pattern that has been saved."""
+    found = {key: get_pattern_key(sorted(pattern), key) for key in keys}
+    return {key: pattern[entry] for key, entry in found.items() if entry in pattern}
+
+
 def check_saved_modules(config: MoeConfig, keys: Sequence[str]) -> None:
     """Raise a ValueError if a module to be trained whole is not in the model; peft would train nothing then."""
     added = HEADS.get(str(config.task_type), set())

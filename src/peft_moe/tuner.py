@@ -30,7 +30,7 @@ from .config import MoeConfig
 from .entry import Entry
 from .integrity import adapter_tensors, check_gathered, check_tensors, check_weights_file, names_of_tensors
 from .layer import IN_BASE_EXPERTS, MoeLinear, check_base_layer
-from .matching import check_saved_modules, check_trained_tokens, warn_unmatched
+from .matching import check_saved_modules, check_trained_tokens, settle_patterns, warn_unmatched
 from .mixing import check_adapter_names, wrappers_told
 from .quantised import check_can_merge, is_quantised_linear, measured
 from .routing import Router, RoutingContext, adapters_of
@@ -169,6 +169,7 @@ class MoeTuner(BaseTuner):
         check_trained_tokens(peft_config, model, every)
         check_saved_modules(peft_config, list(every))
         warn_unmatched(peft_config, keys, list(every))
+        settle_patterns(peft_config, keys)
 
     @abstractmethod
     def check_routing(self, config: MoeConfig, keys: list[str]) -> None:

@@ -178,11 +178,13 @@ def warn_of_bypass() -> None:
 def spread_over_rows(
     weights: torch.Tensor, x: torch.Tensor, batch: Batch | None, what: str = "task_ids"
 ) -> torch.Tensor:
-    """(n, E) to (rows or 1, 1, ..., E), as x (rows, ..., in).
+    """(n, E) to (rows or 1, 1, ..., E), as x (rows, ..., in); to (E,) for a single x (in,).
 
     Raises:
         ValueError: which row of x is whose cannot be told; `what` says what there are n rows of.
     """
+    if x.dim() == 1 and weights.shape[0] == 1:
+        return weights[0]
     weights = _repeat_rows(weights, x, x.shape[0], batch, what)
     return weights.view(weights.shape[0], *(1,) * (x.dim() - 2), weights.shape[-1])
 
