@@ -278,7 +278,7 @@ class MoeTuner(BaseTuner):
                 take_out(model, adapter_name)
             raise
         config.read_from = None
-        return cast("dict[str, torch.Tensor]", found)
+        return found
 
     # calls
 
@@ -334,8 +334,7 @@ def take_out(model: PeftModel, adapter_name: str) -> None:
         model.delete_adapter(adapter_name)
         return
     tuner = cast(MoeTuner, model.base_model)
-    base = cast(nn.Module, tuner.unload())
-    for name, parameter in base.named_parameters():
+    for name, parameter in tuner.unload().named_parameters():
         parameter.requires_grad_(name in tuner.trained_before)
 
 
