@@ -3,9 +3,9 @@
     python scripts/bench/kill_and_resume.py --output runs/resume
 
 Per method: scripts/train.py to its end; the same command again, sent SIGKILL as soon as the optimizer's file of its
-second checkpoint appears; the same command with `--resume_from_checkpoint true`. Prints what was there after the kill, what
-was resumed from, the losses of each step, and whether the saved adapters are the same to the bit. A stock LoRA comes
-first. AT-MoE's experts are two tasks of the MOELoRA run, folded. About 8 minutes on two free cores.
+second checkpoint appears; the same command with `--resume_from_checkpoint true`. Prints what was there after the kill,
+what was resumed from, the losses of each step, and whether the saved adapters are the same to the bit. A stock LoRA
+comes first. AT-MoE's experts are two tasks of the MOELoRA run, folded. About 8 minutes on two free cores.
 """
 
 import argparse
@@ -85,9 +85,8 @@ def compare(method: str, command: list[str], folder: Path) -> None:
     for path in sorted(killed.glob("checkpoint-*")):
         files = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
         lacks = sorted({"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"} - files.keys())
-        print(
-            f"    {path.name}: optimizer.pt of {files.get('optimizer.pt', 0)} bytes; lacks {', '.join(lacks) or 'nothing'}"
-        )
+        size = files.get("optimizer.pt", 0)
+        print(f"    {path.name}: optimizer.pt of {size} bytes; lacks {', '.join(lacks) or 'nothing'}")
     start([*command, "--resume_from_checkpoint", "true"], killed, "resumed").wait()
     log = (folder / "resumed.log").read_text()
     print(*(f"    {' '.join(line.split('/')[-1:])}" for line in log.splitlines() if " is left out: " in line), sep="\n")
