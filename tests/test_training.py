@@ -301,3 +301,19 @@ def test_the_callback_refuses_a_model_whose_routers_do_not_look_at_tokens(tmp_pa
     rows = encode(read_examples(str(data)), make_tokenizer(), tasks=TASKS)
     with pytest.raises(ValueError, match=r"the trainer's model is a MoeLoraModel; use it with MoLoraConfig"):
         RoutingCallback(make_trainer(tmp_path, make_moelora(), rows, TASKS))
+
+
+@pytest.mark.filterwarnings("ignore:Routing has collapsed:UserWarning")  # so few rows
+def test_the_loss_is_logged_beside_the_routing(tmp_path, data):
+    rows = encode(read_examples(str(data)), make_tokenizer(), tasks=TASKS)
+    losses = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        config = MoLoraConfig(task_type="CAUSAL_LM", r=2, num_experts=4, tasks=TASKS, target_modules="all-linear")
+        trainer = make_trainer(tmp_path, get_peft_model(make_model("llama"), config), rows, TASKS, logging_steps=1)
+        if watched:
+            trainer.add_callback(RoutingCallback(trainer))
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 2

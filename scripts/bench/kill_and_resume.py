@@ -2,10 +2,10 @@
 
     python scripts/bench/kill_and_resume.py --output runs/resume
 
-Per method: scripts/train.py to its end; the same command again, sent SIGKILL as soon as the folder of its second
-checkpoint appears; the same command with `--resume_from_checkpoint true`. Prints what was there after the kill, what
-was resumed from, the losses of each step, and whether the saved adapters are the same to the bit. A stock LoRA comes
-first. AT-MoE's experts are two tasks of the MOELoRA run, folded. About 8 minutes on two free cores.
+Per method: scripts/train.py to its end; the same command again, sent SIGKILL as soon as the optimizer's file of its
+second checkpoint appears; the same command with `--resume_from_checkpoint true`. Prints what was there after the kill,
+what was resumed from, the losses of each step, and whether the saved adapters are the same to the bit. A stock LoRA
+comes first. AT-MoE's experts are two tasks of the MOELoRA run, folded. About 8 minutes on two free cores.
 """
 
 import argparse
@@ -77,13 +77,16 @@ def compare(method: str, command: list[str], folder: Path) -> None:
     start(command, straight, "straight").wait()
     victim = start(command, killed, "killed")
     newest = killed / f"checkpoint-{2 * SAVE}"
-    while not newest.exists() and victim.poll() is None:
+    while not (newest / "optimizer.pt").exists() and victim.poll() is None:
         time.sleep(0.0005)
     victim.kill()
     victim.wait()
     print(f"{method}: killed (exit code {victim.returncode}) while it wrote {newest.name}; there are", flush=True)
     for path in sorted(killed.glob("checkpoint-*")):
-        print(f"    {path.name}: {', '.join(sorted(file.name for file in path.iterdir())) or 'nothing'}")
+        files = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
+        lacks = sorted({"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"} - files.keys())
+        size = files.get("optimizer.pt", 0)
+        print(f"    {path.name}: optimizer.pt of {size} bytes; lacks {', '.join(lacks) or 'nothing'}")
     start([*command, "--resume_from_checkpoint", "true"], killed, "resumed").wait()
     log = (folder / "resumed.log").read_text()
     print(*(f"    {' '.join(line.split('/')[-1:])}" for line in log.splitlines() if " is left out: " in line), sep="\n")

@@ -101,7 +101,9 @@ class RoutingCallback(TrainerCallback):
             prefix = "routing/" if training else "eval_routing/"
             values = routing_summary(layers) | (flat_routing(layers) if self.per_layer else {})
             # not a subclass's log, which may add metrics of its own that belong to its own entry
+            wanted = self.trainer.control.should_log
             Trainer.log(self.trainer, {prefix + name: value for name, value in values.items()})
+            self.trainer.control.should_log = wanted  # which logging takes back, and the loss is still to be logged
 
     def _read(self, training: bool) -> dict[str, dict[str, Any]]:
         """The statistics of all processes, by layer; one exchange and one wait for all layers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -101,7 +102,8 @@ def check_tensors(
     for key, tensor in wanted.items():
         # under ZeRO-3 a parameter that is not gathered is empty, and this is what it will be
         shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
-        if tuple(found[key].shape) != shape:
+        local = tuple(getattr(tensor, "_local_tensor", tensor).shape)  # of a DTensor, for which peft takes shards too
+        if tuple(found[key].shape) not in (shape, local if shape == tuple(tensor.shape) else shape):
             raise ValueError(
                 f"{where} has {key!r} of shape {shape} and the file's is {tuple(found[key].shape)}; {FITS}."
             )
@@ -150,8 +152,11 @@ def _check_numbers(where: str, key: str, tensor: torch.Tensor) -> None:
     if not isinstance(tensor, torch.Tensor) or not (tensor.is_floating_point() or "moelora_" not in key):
         kind = getattr(tensor, "dtype", type(tensor).__name__)
         raise ValueError(f"{where}: {key!r} in the file is {kind}, and weights are floating-point numbers; {ANEW}.")
-    local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # of a DTensor
-    if local.is_floating_point() and not bool(local.isfinite().all()):
+    local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # of a DTensor, this process's
+    local = local.float() if local.element_size() == 1 else local
+    # the extremes are finite if all numbers are, and need no tensor of the same size
+    extremes = torch.stack(local.aminmax()) if local.is_floating_point() and local.numel() else torch.zeros(2)
+    if not bool(extremes.isfinite().all()):
         bad = int((~local.isfinite()).sum())
         raise ValueError(
             f"{where}: {key!r} in the file has {bad} of {local.numel()} numbers that are NaN or infinite, as from "

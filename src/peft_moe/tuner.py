@@ -480,8 +480,7 @@ def take_out(model: PeftModel, adapter_name: str) -> None:
         model.delete_adapter(adapter_name)
         return
     tuner = cast(MoeTuner, model.base_model)
-    base = tuner.unload()
-    for name, parameter in base.named_parameters():
+    for name, parameter in tuner.unload().named_parameters():
         parameter.requires_grad_(name in tuner.trained_before)
 
 
