@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import math
 import re
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from helpers import logits
 from peft import get_peft_model
 from tiny_models import make_inputs, make_model
@@ -157,3 +159,45 @@ def test_loaders_of_transformers_refuse_moelora(tmp_path):
     )
     with pytest.raises(ValueError, match="uses shared state"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+
+
+SHOWN = blocks(ROOT / "docs" / "integrations.md", "python")
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing[_a-z]*` is deprecated:FutureWarning")  # trl 1.16
+@pytest.mark.parametrize("code", SHOWN, ids=["token", "tasks", "rollouts", "lm_eval"])
+def test_the_python_of_the_page_on_integrations_runs_as_shown(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Name the {name}", "task_ids": task} for name, task in (("oak", "triage"), ("elm", "summary"))]
+    names = {
+        "model": make_model("llama"),
+        "other": make_model("llama"),
+        "tokenizer": make_tokenizer(),
+        "dataset": Dataset.from_list([row | {"completion": " tall"} for row in rows]),
+        "pairs": Dataset.from_list([row | {"chosen": " tall", "rejected": " small"} for row in rows]),
+        "prompts": Dataset.from_list(rows),
+        "reward": lambda completion_ids, **columns: [float(sum(ids)) for ids in completion_ids],
+    }
+    if "lm_eval" in code:
+        tasks = pytest.importorskip("lm_eval.tasks", reason="lm_eval is not installed")
+        config = MoeLoraConfig(task_type="CAUSAL_LM", tasks=["triage", "summary"])
+        names["model"] = get_peft_model(names["model"], config)
+        rows = [{"question": "Name the oak", "target": 1}] * 3
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        names["task"] = {
+            "task": "size",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{question}}",
+            "doc_to_choice": ["small", "tall"],
+            "doc_to_target": "{{target}}",
+        }
+        names["manager"] = tasks.TaskManager(include_defaults=False)
+    on_a_cpu = 'Config("out", use_cpu=True, bf16=False, max_steps=2, per_device_train_batch_size=2, report_to="none"'
+    code = code.replace('Config("out"', on_a_cpu)  # and otherwise as shown
+    code = code.replace(f"GRPO{on_a_cpu}", f"GRPO{on_a_cpu}, num_generations=2, max_completion_length=4")
+    exec(code, names)
+    if "lm_eval" in code:
+        assert names["results"]["results"]["size"]["acc,none"] in (0, 1)

@@ -28,7 +28,10 @@ PLUGIN = "peft_moe.integrations.axolotl.PeftMoePlugin"
 HOSTS = {"axolotl": "axolotl.integrations.base", "ms_swift": "swift.tuner_plugin"}
 KINDS = ["MOELORA", "molora", "MedMoELoRA", "groupedmoe"]
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(axolotl|swift|modelscope).*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:(axolotl|swift|modelscope).*"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),  # an import of ms-swift
+]
 
 
 class Settings(dict):

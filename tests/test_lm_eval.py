@@ -23,7 +23,12 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning:lm_eval", "ignore::UserWarning:lm_eval", "ignore::ResourceWarning"
 )
 
-KINDS = ["moelora", "molora", "medmoe", "at_moe", "at_moe by prompt"]
+KINDS = [
+    "moelora",
+    "molora",
+    *(pytest.param(k, marks=pytest.mark.slow) for k in ("medmoe", "at_moe")),
+    "at_moe by prompt",
+]
 CHOICES = list(ANSWERS["size"])
 QUESTIONS = [f"Name the size {' the' * (i % 3)} {name}" for i, name in enumerate(INPUTS)]
 COMMON = """

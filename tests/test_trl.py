@@ -34,6 +34,13 @@ ANSWERS = ["broad", "needle small", "tall", "large large"]
 TASK_OF = {word: TASKS.index(task) for text, task in ROWS for word in text.split()[-1:]}
 
 
+def pairs_of(first, second, *quick):
+    """All pairs of two lists of names; those that are not named are slow."""
+    every = [(a, b) for a in first for b in second]
+    marks = {pair: () if pair in quick else pytest.mark.slow for pair in every}
+    return [pytest.param(*pair, marks=marks[pair]) for pair in every]
+
+
 def rows(how):
     prompts = [{"prompt": text, "task_ids": task} for text, task in ROWS]
     if how == "sft":
@@ -126,8 +133,10 @@ class Gradients(TrainerCallback):
         self.found = adapter_gradients(model)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", HOW)
+QUICK = [("sft", "molora"), ("dpo", "moelora"), ("dpo", "at_moe by prompt"), ("grpo", "at_moe")]
+
+
+@pytest.mark.parametrize(("how", "kind"), pairs_of(HOW, KINDS, *QUICK))
 def test_the_trainer_trains_routers_and_experts_and_nothing_else(how, kind, tmp_path):
     config = config_of(kind, tmp_path)
     trainer = make_trainer(how, tmp_path, peft_config=config, tasks=kind == "moelora")
@@ -150,8 +159,10 @@ def test_the_trainer_trains_routers_and_experts_and_nothing_else(how, kind, tmp_
     torch.testing.assert_close(logits(loaded.eval(), inputs, **task), logits(model.eval(), inputs, **task))
 
 
-@pytest.mark.parametrize("kind", ["moelora", "molora", "medmoe"])
-@pytest.mark.parametrize("how", HOW)
+ONE_EACH = [("sft", "moelora"), ("dpo", "molora"), ("grpo", "moelora")]
+
+
+@pytest.mark.parametrize(("how", "kind"), pairs_of(HOW, ["moelora", "molora", "medmoe"], *ONE_EACH))
 def test_one_expert_is_trained_as_a_stock_lora_is(how, kind, tmp_path):
     fields = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": TARGETS["llama"]}
     found = {}
@@ -217,11 +228,10 @@ class Routed:
         self.calls.append((list(self.prompts), args[1].ids.tolist()))
 
 
-@pytest.mark.parametrize("cls", [None, TaskRLOO], ids=["", "rloo"])
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    ("how", "cls"), [*((how, None) for how in HOW), pytest.param("grpo", TaskRLOO, marks=pytest.mark.slow)]
+)
 def test_every_row_has_its_own_task_in_every_call(how, cls, tmp_path):
-    if cls and how != "grpo":
-        return
     # two rows at a time: GRPO shuffles answers among micro-batches, and scores the old policy in chunks
     split = {"per_device_train_batch_size": 2, "steps_per_generation": 2} if how == "grpo" and not cls else {}
     trainer = make_trainer(how, tmp_path, peft_config=config_of("moelora", tmp_path), tasks=True, cls=cls, **split)
@@ -287,10 +297,10 @@ def test_the_mixin_says_what_it_needs(tmp_path):
 # -- references of DPO and GRPO ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_dpo_s_reference_is_the_model_without_the_adapter(kind, tmp_path):
+@pytest.mark.parametrize(("how", "kind"), pairs_of(["dpo"], KINDS, ("dpo", "moelora"), ("dpo", "at_moe by prompt")))
+def test_dpo_s_reference_is_the_model_without_the_adapter(how, kind, tmp_path):
     config, tasks = config_of(kind, tmp_path), kind == "moelora"
-    trainer = make_trainer("dpo", tmp_path, peft_config=config, tasks=tasks)
+    trainer = make_trainer(how, tmp_path, peft_config=config, tasks=tasks)
     batch = next(iter(trainer.get_train_dataloader()))
     base = make_model("llama").eval()
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)[:, 1:]
@@ -299,7 +309,7 @@ def test_dpo_s_reference_is_the_model_without_the_adapter(kind, tmp_path):
     found = torch.cat(trainer.compute_ref_log_probs(trainer.model, dict(batch)))
     torch.testing.assert_close(found, expected)
 
-    before = make_trainer("dpo", tmp_path, peft_config=config, tasks=tasks, precompute_ref_log_probs=True)
+    before = make_trainer(how, tmp_path, peft_config=config, tasks=tasks, precompute_ref_log_probs=True)
     stored = before.train_dataset.with_format("torch")
     trainer.train()
     before.train()
@@ -307,8 +317,7 @@ def test_dpo_s_reference_is_the_model_without_the_adapter(kind, tmp_path):
     assert losses(before) == pytest.approx(losses(trainer), rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", ["dpo", "grpo"])
+@pytest.mark.parametrize(("how", "kind"), pairs_of(["dpo", "grpo"], KINDS, ("dpo", "moelora"), ("grpo", "at_moe")))
 def test_an_adapter_that_goes_on_is_compared_with_a_frozen_copy_of_itself(how, kind, tmp_path):
     torch.manual_seed(0)
     model = get_peft_model(make_model("llama"), config_of(kind, tmp_path))
@@ -355,8 +364,9 @@ def test_routers_by_prompt_decide_in_grpo_s_training_as_they_did_when_answers_we
 # -- balance losses ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["molora", "medmoe"])
-@pytest.mark.parametrize("how", ["dpo", "grpo"])
+@pytest.mark.parametrize(
+    ("how", "kind"), pairs_of(["dpo", "grpo"], ["molora", "medmoe"], ("dpo", "medmoe"), ("grpo", "molora"))
+)
 def test_a_balance_loss_has_its_weight_where_the_loss_is_of_preferences_or_rewards(how, kind, tmp_path):
     fields = {"balance_loss": "cv2", "balance_coefficient": 0.5}
     config = config_of(kind, tmp_path, **fields)
@@ -453,8 +463,11 @@ def test_rows_that_were_packed_cannot_be_given_the_tasks_of_their_texts(tmp_path
     one.train()(**packed, labels=packed["input_ids"]).loss.backward()  # has no use for tasks
 
 
-@pytest.mark.parametrize("kind", ["molora", "medmoe", "at_moe"])
-@pytest.mark.parametrize("packed", ["bfd", "padding_free"])
+BY_TOKEN = ["molora", "medmoe", "at_moe"]
+ONE_KIND_EACH = [("bfd", "molora"), ("padding_free", "medmoe"), ("bfd", "at_moe")]
+
+
+@pytest.mark.parametrize(("packed", "kind"), pairs_of(["bfd", "padding_free"], BY_TOKEN, *ONE_KIND_EACH))
 def test_routers_by_token_train_on_packed_rows_as_on_padded_ones(packed, kind, tmp_path):
     fields = {} if kind == "at_moe" else {"balance_loss": {"cv2": 0.5, "z": 0.1}}
     found = []
