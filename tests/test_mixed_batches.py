@@ -229,6 +229,14 @@ def test_a_layer_that_sees_other_rows_says_so(folder):
             layer(torch.zeros(4, 2, 32))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")  # of peft, which warns of wrapping a PeftModel
+def test_layers_of_a_model_inside_are_not_mixed_silently(folder):
+    inner = two_adapters(("molora", "molora"), "llama", folder)
+    outer = get_peft_model(inner, config_of("molora", "llama", folder), adapter_name="outer").eval()
+    with pytest.raises(ValueError, match="belongs to a PeftModel inside this one"):
+        outer(**padded("llama"), adapter_names=["outer", "outer", "outer", "__base__"])
+
+
 def test_a_cache_goes_on_with_the_adapters_that_read_its_prompt(folder):
     model, inputs = two_adapters(("at_moe", "at_moe"), "llama", folder), make_inputs("llama", batch=4, labels=False)
     whole = logits(model, inputs, adapter_names=NAMES)

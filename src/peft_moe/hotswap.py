@@ -97,14 +97,13 @@ def hotswap_adapter(
     )
     check_weights(places, weights, str(model_name_or_path))
 
-    with torch.no_grad():
+    with tuner.context.turn(), torch.no_grad():  # calls of other threads wait
         for key, place in places.items():
             place.copy_(weights[key])
-    for name in OF_TRAINING & vars(old).keys():
-        setattr(config, name, getattr(old, name))
-    peft_model.peft_config[adapter_name] = config
-    tuner.context.know(adapter_name, config)
-    if isinstance(config, GroupedMoeConfig) and (control is not None or adapter_name in tuner.context.controls):
+        for name in OF_TRAINING & vars(old).keys():
+            setattr(config, name, getattr(old, name))
+        peft_model.peft_config[adapter_name] = config
+        tuner.context.know(adapter_name, config)
         tuner.context.fix(adapter_name, control)
     if isinstance(tuner, TokenRoutedTuner) and tuner.recording:
         tuner.record_routing(adapters=[adapter_name])

@@ -36,6 +36,14 @@ def check_adapter_names(tuner: MoeTuner, names: Any) -> None:
         raise ValueError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
+    elsewhere = next(
+        (k for k, m in layers if m.context is not tuner.context and set(names) & set(m.moelora_bank)), None
+    )
+    if elsewhere is not None:
+        raise ValueError(
+            f"adapter_names={names!r}: layer {elsewhere!r} belongs to a PeftModel inside this one, which is not told "
+            "of rows; put the adapters into one PeftModel with add_adapter."
+        )
     if len(set(names)) > 1:
         reason = tuner.context.one_task_only
         inside = next((key for key, _ in layers if IN_BASE_EXPERTS.search(key)), None)
