@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,7 +85,7 @@ def check_can_merge(layer: BaseTunerLayer, where: str = "these layers") -> None:
 @torch.no_grad()
 def weight_of(layer: BaseTunerLayer) -> torch.Tensor:
     """The base weight as floating-point numbers."""
-    base = layer.get_base_layer()
+    base: Any = layer.get_base_layer()
     if not getattr(getattr(getattr(base, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
         return layer.get_base_weight()
     # The first call in eval mode makes bitsandbytes lay a 4-bit weight out for the CPU's matrix unit, and its
@@ -158,7 +158,7 @@ def measured(context: RoutingContext) -> Iterator[None]:
         warnings.warn(loss_of_merging(losses), UserWarning, stacklevel=4)
 
 
-def loss_of_merging(losses: dict[str, Sequence[float]]) -> str:
+def loss_of_merging(losses: dict[str, list[float]]) -> str:
     """What `measured` says of the losses by backend."""
     figures = []
     for name, found in losses.items():
