@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -158,7 +158,7 @@ def measured(context: RoutingContext) -> Iterator[None]:
         warnings.warn(loss_of_merging(losses), UserWarning, stacklevel=4)
 
 
-def loss_of_merging(losses: Mapping[str, Sequence[float]]) -> str:
+def loss_of_merging(losses: dict[str, list[float]]) -> str:
     """What `measured` says of the losses by backend."""
     figures = []
     for name, found in losses.items():
