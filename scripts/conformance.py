@@ -79,9 +79,10 @@ EXPLAINED: list[tuple[str, str, str]] = [
 ]
 
 # Tests that peft runs for stock LoRA and skips for us, since it asks for that class, and what holds the matter here.
+REFUSED = "`adapter_names` is refused with the remedy, not ignored (`tests/test_task_ids.py`)"
 GATED = {
-    "test_mixed_adapter_batches": "`adapter_names` is refused with the remedy, not ignored (`tests/test_task_ids.py`)",
-    "test_generate_with_mixed_adapter_batches": "the same",
+    "test_mixed_adapter_batches": REFUSED,
+    "test_generate_with_mixed_adapter_batches": REFUSED,
     "test_weighted_combination_of_adapters": "`add_weighted_adapter` is a method of stock LoRA's tuner; ours have none",
 }
 

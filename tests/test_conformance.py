@@ -265,6 +265,22 @@ def test_heads_and_tokens_are_trained_and_saved_with_the_adapter(kind, tmp_path)
     assert torch.equal(out(PeftModel.from_pretrained(base_of("llama"), tmp_path)), out(model))
 
 
+@pytest.mark.parametrize("with_head", ["default", "second"])
+@pytest.mark.parametrize("kind", MADE)
+def test_one_adapter_can_have_a_head_and_another_none(kind, with_head):
+    fields = {name: {"modules_to_save": ["lm_head"]} if name == with_head else {} for name in ("default", "second")}
+    model = adapted(kind, **fields["default"])
+    add(model, "second", kind, **fields["second"])
+    model.set_adapter(with_head)
+    alone = next(name for name in fields if name != with_head)
+    train_a_step(model)
+    trained = out(model)
+    model.set_adapter(alone)
+    assert torch.equal(out(model), out(adapted(kind, seed=int(alone == "second"))))
+    model.set_adapter(with_head)
+    assert torch.equal(out(model), trained)
+
+
 @every_kind
 def test_an_adapter_loads_from_its_directory_alone(kind, tmp_path):
     base_of("llama").save_pretrained(tmp_path / "base")
