@@ -163,7 +163,8 @@ VARIANTS = {
     "checkpointed_by_transformers": ({}, {"gradient_checkpointing": True}),
     "one_process_loads": ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_SYNC_MODULE_STATES": "true"}, {}),
 }
-FSDP1 = {"FSDP_VERSION": "1", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"}
+# accelerate sends weights to all with GPUs only
+FSDP1 = {"FSDP_VERSION": "1", "FSDP_SHARDING_STRATEGY": "FULL_SHARD", "FSDP_SYNC_MODULE_STATES": "false"}
 ALL = list(CONFIGS)
 
 
