@@ -14,7 +14,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import make_inputs, make_model
 from torch.distributed.tensor import DTensor
-from transformers import default_data_collator
+from train import check_best_model
+from transformers import TrainingArguments, default_data_collator
 
 METHODS = ["lora", "moelora", "molora", "regularized", "at_moe"]  # the other ways of two of them are slow tests
 RESUMED = ["moelora", "at_moe"]
@@ -146,6 +147,14 @@ def test_a_flattened_matrix_is_refused_too(tmp_path):
         model.save_pretrained(str(tmp_path / "out"))
 
 
+def test_a_split_model_cannot_choose_the_best_by_answers_and_the_script_says_so_first(tmp_path):
+    settings = {"output_dir": str(tmp_path), "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
+    settings |= {"save_strategy": "steps", "save_steps": 1}
+    check_best_model(TrainingArguments(**settings, metric_for_best_model="loss"))
+    with pytest.raises(ValueError, match=r"metric_for_best_model='mean'.*cannot generate.*--load_best_model_at_end"):
+        check_best_model(TrainingArguments(**settings, metric_for_best_model="mean"))
+
+
 # more engines and settings; each started once
 
 
@@ -154,7 +163,8 @@ VARIANTS = {
     "checkpointed_by_transformers": ({}, {"gradient_checkpointing": True}),
     "one_process_loads": ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_SYNC_MODULE_STATES": "true"}, {}),
 }
-FSDP1 = {"FSDP_VERSION": "1", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"}
+# accelerate sends weights to all with GPUs only
+FSDP1 = {"FSDP_VERSION": "1", "FSDP_SHARDING_STRATEGY": "FULL_SHARD", "FSDP_SYNC_MODULE_STATES": "false"}
 ALL = list(CONFIGS)
 
 
