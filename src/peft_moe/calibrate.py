@@ -7,13 +7,15 @@ such bank the LoRA that comes closest to it over them (see `stand_in`), and says
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import inf
 from statistics import mean
 from typing import Any, Literal, cast, get_args
 
 import torch
+from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch import nn
 from transformers.utils.logging import tqdm
@@ -21,8 +23,8 @@ from transformers.utils.logging import tqdm
 from .bank import ExpertBank
 from .config import check_count
 from .layer import MoeLinear
-from .routing import TaskRouter
-from .stand_in import Moments, StandIn, compress, least_squares
+from .routing import TaskRouter, TokenRouter, keep_mask
+from .stand_in import Moments, StandIn, closest
 from .tuner import MoeTuner
 
 Method = Literal["least_squares", "mean_gate"]
@@ -90,6 +92,8 @@ class Calibration:
         ]
         if self.kl is not None and self.mean_gate_kl is not None:
             lines.append(f"  KL of the predictions: {self.kl:.4f} nats; by mean weights {self.mean_gate_kl:.4f}")
+        if self.error > self.mean_gate_error:
+            lines.append("  Mean weights come closer: more batches, a larger damping or a higher rank may help.")
         return "\n".join(lines)
 
 
@@ -123,7 +127,7 @@ def calibrate(
         damping: ε, beside features of mean square 1.
         adapter_name: by default the active adapter.
         max_memory: bytes for the sums `E[x xᵀ]` (in × in for each layer) that are kept at once; layers whose sums do
-            not fit wait for another run over the batches.
+            not fit wait for another run over the batches. To solve for a layer takes four times its own sums more.
         progress: show a progress bar.
 
     Returns:
@@ -141,23 +145,25 @@ def calibrate(
     tuner, name = _adapter_of(model, adapter_name)
     _check_arguments(method, rank, damping, max_memory)
     layers = _layers_to_calibrate(tuner, name)
-    train, test = _split(batches, held_out)
-    with _running(model, tuner):
+    with _as_it_was(model, tuner):
+        train, test = _split(batches, held_out)
         stand_ins: dict[str, StandIn] = {}
         means: dict[str, torch.Tensor] = {}
         groups, tokens = list(_groups(layers, name, max_memory)), 0
         for i, group in enumerate(groups, start=1):
             note = f"Calibrating {i}/{len(groups)}" if len(groups) > 1 else "Calibrating"
             moments = _collect(model, group, name, tqdm(train, desc=note, disable=not progress))
-            for key, sums in moments.items():
-                count = int(sums.count)
-                tokens = max(tokens, count)
-                means[key] = sums.mean_gate().cpu()
-                stand_ins[key] = _stand_in(key, group[key], name, sums, method, damping, rank)
-        errors, kl, mean_kl, held_out_tokens = _measure(model, layers, name, stand_ins, means, test)
+            for key, layer in group.items():
+                sums = moments.pop(key)  # its memory is needed for the next layer's solution
+                tokens = max(tokens, int(sums.count))
+                means[key] = sums.mean_gate()
+                stand_ins[key] = _stand_in(key, layer, name, sums, method, damping, rank)
+        errors, kl, mean_kl, held_out_tokens = _measure(
+            model, tuner, layers, name, stand_ins, means, tqdm(test, desc="Measuring", disable=not progress)
+        )
     for key, layer in layers.items():
         layer.stand_ins[name] = stand_ins[key]
-    result = Calibration(name, method, damping, tokens, held_out_tokens, errors, kl, mean_kl)
+    result = Calibration(name, method, float(damping), tokens, held_out_tokens, errors, kl, mean_kl)
     tuner.calibrations[name] = result
     return result
 
@@ -173,13 +179,16 @@ def _adapter_of(model: PeftModel, adapter_name: str | None) -> tuple[MoeTuner, s
             "first, or load the adapter with PeftModel.from_pretrained."
         )
     active = tuner.active_adapters
-    name = adapter_name or active[0]
-    if len(active) != 1 or name != active[0] or not tuner.adapters_enabled:
-        state = "" if tuner.adapters_enabled else ", and adapters are disabled"
+    name = adapter_name or next(iter(active), "default")
+    if name not in tuner.peft_config:
+        raise ValueError(f"adapter_name={name!r}; the model has {sorted(tuner.peft_config)}.")
+    if active != [name]:
         raise ValueError(
-            f"calibrate looks at what adapter {name!r} does alone, and the active ones are {active}{state}; call "
+            f"calibrate looks at what adapter {name!r} does alone, and the active ones are {active}; call "
             f"model.set_adapter({name!r}) first."
         )
+    if not tuner.adapters_enabled:
+        raise ValueError("Adapters are disabled; leave model.disable_adapter(), or call model.enable_adapter_layers().")
     if tuner.context.in_base:
         raise ValueError(f"{sorted(tuner.context.in_base)} are merged; call model.unmerge_adapter() first.")
     return tuner, name
@@ -208,24 +217,25 @@ def _layers_to_calibrate(tuner: MoeTuner, name: str) -> dict[str, MoeLinear]:
 
 def _split(batches: Iterable[Batch], held_out: Iterable[Batch] | None) -> tuple[Iterable[Batch], Iterable[Batch]]:
     """Batches to calibrate on and to measure on, both of which can be run over again."""
-    train, test = _again(batches), None if held_out is None else _again(held_out)
+    train, test = _again(batches, "batches"), None if held_out is None else _again(held_out, "held_out")
     if test is None:
         every = list(train)
-        train, test = [b for i, b in enumerate(every) if i % 5 != 4], every[4::5] or every[1:][-1:]
-        train = train if len(every) > 4 else every[: max(1, len(every) - 1)]
+        few = len(every) < 5
+        test = every[1:][-1:] if few else every[4::5]
+        train = every[: max(1, len(every) - 1)] if few else [batch for i, batch in enumerate(every) if i % 5 != 4]
     for what, found in (("batches", train), ("held_out", test)):
         first = next(iter(found), None)
         if first is None:
-            few = "a second one to measure errors on, or held_out=" if what == "held_out" else "at least one"
-            raise ValueError(f"{what} is empty; give {few}.")
+            few_of = "a second batch to measure errors on, or held_out=" if held_out is None else "at least one batch"
+            raise ValueError(f"{what} is empty; give {few_of if what == 'held_out' else 'at least one batch'}.")
         if not isinstance(first, Mapping):
             raise TypeError(f"{what} holds a {type(first).__name__}; give dicts of the model's arguments.")
     return train, test
 
 
-def _again(batches: Iterable[Batch]) -> Iterable[Batch]:
+def _again(batches: Iterable[Batch], what: str) -> Iterable[Batch]:
     if isinstance(batches, Mapping):
-        raise TypeError("batches is a single batch; give a list of them, or a DataLoader.")
+        raise TypeError(f"{what} is a single batch; give a list of them, or a DataLoader.")
     return list(batches) if isinstance(batches, Iterator) else batches
 
 
@@ -233,17 +243,23 @@ def _again(batches: Iterable[Batch]) -> Iterable[Batch]:
 
 
 @contextmanager
-def _running(model: PeftModel, tuner: MoeTuner) -> Iterator[None]:
-    """Eval mode, and calls keep their masks."""
+def _as_it_was(model: PeftModel, tuner: MoeTuner) -> Iterator[None]:
+    """Eval mode, without compiled graphs that know no hooks, and calls keep their masks; all is put back at the end."""
     modes = {module: module.training for module in model.modules()}
+    statistics = {module: module.statistics for module in modes if isinstance(module, TokenRouter)}
     recording = tuner.recording
-    with tuner.context.turn():
+    random = torch.random.fork_rng(devices=[])  # which DataLoaders draw from
+    with tuner.context.turn(), torch.compiler.set_stance("force_eager"), random:
         model.eval()
         tuner.recording = True
+        for router in statistics:
+            router.statistics = None
         try:
             yield
         finally:
             tuner.recording = recording
+            for router, kept in statistics.items():
+                router.statistics = kept
             for module, training in modes.items():
                 module.training = training
 
@@ -266,13 +282,18 @@ def _bank(layer: MoeLinear, name: str) -> ExpertBank:
 
 
 def _run(model: nn.Module, batch: Batch) -> Any:
-    device = next(model.parameters()).device
-    return model(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    return model(**send_to_device(dict(batch), device))
+
+
+# What is called with a layer's name, the layer, x (..., in), weights and output (..., out) of its bank; what it returns
+# takes the output's place.
+Hook = Callable[[str, MoeLinear, torch.Tensor, torch.Tensor, torch.Tensor], "torch.Tensor | None"]
 
 
 @contextmanager
-def _watching(layers: Mapping[str, MoeLinear], name: str, hook: Any) -> Iterator[None]:
-    """Call `hook(key, layer, x, weights, output)` after each bank; what it returns takes the output's place."""
+def _watching(layers: Mapping[str, MoeLinear], name: str, hook: Hook) -> Iterator[None]:
+    """Call a hook after each bank."""
     with ExitStack() as stack:
         for key, layer in layers.items():
 
@@ -299,34 +320,33 @@ def _collect(
     with _watching(layers, name, add):
         for batch in batches:
             _run(model, batch)
-    missed = [key for key in layers if key not in moments or not moments[key].count]
+    _check_reached(layers, {key: sums.count for key, sums in moments.items()}, "batches")
+    return moments
+
+
+def _check_reached(layers: Iterable[str], counts: Mapping[str, torch.Tensor], what: str) -> None:
+    missed = [key for key in layers if key not in counts or not counts[key]]
     if missed:
         raise ValueError(
-            f"No token of the batches reached {missed[0]!r}; give batches that use all adapted layers, or leave such "
-            "layers out of the adapter with exclude_modules."
+            f"No token of {what} reached {missed[0]!r}; give batches that use all adapted layers, or leave such layers "
+            "out of the adapter with exclude_modules."
         )
-    return moments
 
 
 def _stand_in(
     key: str, layer: MoeLinear, name: str, moments: Moments, method: Method, damping: float, rank: int | None
 ) -> StandIn:
-    bank = _bank(layer, name)
-    a, b = bank.lora_A.weight, bank.lora_B.weight
-    if method == "mean_gate":
-        new_a = moments.mean_gate().unsqueeze(1) * a.double()
-    else:
-        new_a = least_squares(a, moments, damping)
-    new_b = b
-    if rank is not None and rank < min(b.shape):
-        new_a, new_b = compress(new_a, b, moments, rank=rank, damping=damping)
-    if not (torch.isfinite(new_a).all() and torch.isfinite(new_b).all()):
-        raise ValueError(f"The inputs of {key!r} or its experts are not finite numbers; look for NaN in the adapter.")
-    return StandIn(new_a.to(a.dtype), new_b.to(b.dtype).clone(), layer.fingerprint(name))
+    a, b = _bank(layer, name).lora_A.weight, _bank(layer, name).lora_B.weight
+    try:
+        new_a, new_b = closest(a, b, moments, damping=damping, rank=rank, mean_gate=method == "mean_gate")
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    return StandIn(new_a.to(a.dtype), new_b.to(b.dtype, copy=True), layer.fingerprint(name))
 
 
 def _measure(
     model: PeftModel,
+    tuner: MoeTuner,
     layers: Mapping[str, MoeLinear],
     name: str,
     stand_ins: Mapping[str, StandIn],
@@ -334,8 +354,9 @@ def _measure(
     batches: Iterable[Batch],
 ) -> tuple[dict[str, LayerError], float | None, float | None, int]:
     """Errors by layer, KL of stand-ins and of mean weights, and the number of tokens they are measured on."""
-    sums = {key: [torch.zeros((), dtype=torch.float64) for _ in range(3)] for key in layers}
-    tokens = dict.fromkeys(layers, 0)
+    # by layer, sums on its device, so that nothing waits for it: ‖d‖², ‖d - d'‖² by stand-in and by mean weights
+    squares: dict[str, torch.Tensor] = {}
+    counts: dict[str, torch.Tensor] = {}
 
     def by_stand_in(key: str, layer: MoeLinear, x: torch.Tensor, *_: Any) -> torch.Tensor:
         return nn.functional.linear(nn.functional.linear(x, stand_ins[key].a), stand_ins[key].b)
@@ -347,11 +368,13 @@ def _measure(
 
     def compare(key: str, layer: MoeLinear, x: torch.Tensor, weights: torch.Tensor, d: torch.Tensor) -> None:
         keep = layer.tokens_that_count(name, x)
-        others = (torch.zeros_like(d), by_stand_in(key, layer, x), by_mean(key, layer, x))
-        for total, other in zip(sums[key], others, strict=True):
-            square = (d - other).flatten(0, -2).float().square().sum(-1)
-            total += square.masked_fill(~keep, 0.0).sum().cpu() if keep is not None else square.sum().cpu()
-        tokens[key] += square.numel() if keep is None else int(keep.sum())
+        keep = d.new_ones(d.shape[:-1].numel(), dtype=torch.bool) if keep is None else keep
+        found = [
+            rest.flatten(0, -2).float().square().sum(-1).masked_fill(~keep, 0.0).sum()
+            for rest in (d, d - by_stand_in(key, layer, x), d - by_mean(key, layer, x))
+        ]
+        squares[key] = squares.get(key, 0.0) + torch.stack(found)
+        counts[key] = counts.get(key, 0) + keep.sum()
 
     divergences = []
     for batch in batches:
@@ -359,19 +382,20 @@ def _measure(
             routed = _logits(_run(model, batch))
         if routed is None:
             continue
-        found = []
+        keep = _keep(routed, batch, in_decoder=tuner.is_encoder_decoder)
+        found = [keep.sum()]
         for hook in (by_stand_in, by_mean):
             with _watching(layers, name, hook):
-                found.append(_kl(routed, cast(torch.Tensor, _logits(_run(model, batch))), _keep(routed, batch)))
-        divergences.append(found)
+                found.append(_kl(routed, cast(torch.Tensor, _logits(_run(model, batch))), keep))
+        divergences.append(torch.stack(found).tolist())
+    _check_reached(layers, counts, "held_out")
     errors = {}
     for key in layers:
-        norm, error, mean_error = (float(total) for total in sums[key])
-        # a bank that adds nothing is met exactly
-        parts = [(value / norm) ** 0.5 if norm else 0.0 for value in (error, mean_error)]
-        errors[key] = LayerError(stand_ins[key].a.shape[0], *parts)
-    kl = [sum(f[i][0] for f in divergences) / max(1, sum(f[i][1] for f in divergences)) for i in range(2)]
-    return errors, *((kl[0], kl[1]) if divergences else (None, None)), max(tokens.values())
+        norm, *rest = squares[key].tolist()
+        error, mean_error = ((value / norm) ** 0.5 if norm else inf if value else 0.0 for value in rest)
+        errors[key] = LayerError(stand_ins[key].a.shape[0], error, mean_error)
+    n, kl, mean_kl = (sum(column) for column in zip(*divergences, strict=True)) if divergences else (0, 0.0, 0.0)
+    return errors, kl / n if n else None, mean_kl / n if n else None, max(int(count) for count in counts.values())
 
 
 def _logits(outputs: Any) -> torch.Tensor | None:
@@ -380,21 +404,24 @@ def _logits(outputs: Any) -> torch.Tensor | None:
     return logits if isinstance(logits, torch.Tensor) and logits.shape[-1] > 1 else None
 
 
-def _keep(logits: torch.Tensor, batch: Batch) -> torch.Tensor | None:
-    """(n, s) true for predictions that count: in a decoder those with labels, else those of tokens, not padding."""
-    shape = logits.shape[:-1]
-    for name, ignored in (("decoder_attention_mask", 0), ("attention_mask", 0), ("labels", -100)):
-        mask = batch.get(name)
-        if isinstance(mask, torch.Tensor) and mask.shape == shape and len(shape) == 2:
-            return mask.to(logits.device) != ignored
-    return None
+def _keep(logits: torch.Tensor, batch: Batch, *, in_decoder: bool) -> torch.Tensor:
+    """(...) true for predictions that count: those of tokens that are no padding; all where there are no such."""
+    labels = batch.get("labels")
+    mask = keep_mask(batch.get("decoder_attention_mask" if in_decoder else "attention_mask"))
+    if mask is None and in_decoder and isinstance(labels, torch.Tensor):
+        mask = labels != -100
+    if mask is not None and mask.shape == logits.shape[:-1]:
+        return mask.to(logits.device)
+    return logits.new_ones(logits.shape[:-1], dtype=torch.bool)
 
 
-def _kl(p: torch.Tensor, q: torch.Tensor, keep: torch.Tensor | None, chunk: int = 256) -> tuple[float, int]:
-    """Sum over predictions of KL(p ‖ q) between logits (..., classes), and their number."""
-    p, q = (v.flatten(0, -2) if keep is None else v[keep] for v in (p, q))
-    total = 0.0
-    for pair in zip(p.split(chunk), q.split(chunk), strict=True):  # log-probabilities of a few tokens at a time
-        log_p, log_q = (v.float().log_softmax(-1) for v in pair)
-        total += float(nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
-    return total, len(p)
+def _kl(p: torch.Tensor, q: torch.Tensor, keep: torch.Tensor, chunk: int = 256) -> torch.Tensor:
+    """Sum over predictions of KL(p ‖ q) between logits (..., classes), over those to keep (...)."""
+    total = torch.zeros((), device=p.device)
+    parts = (p.flatten(0, -2).split(chunk), q.flatten(0, -2).split(chunk), keep.flatten().split(chunk))
+    for p_part, q_part, kept in zip(*parts, strict=True):  # in float32 a few at a time
+        # some models give -inf to what they never say, and 0 · -inf is no number
+        log_p, log_q = (v.float().clamp_min(-1e30).log_softmax(-1) for v in (p_part, q_part))
+        each = nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+        total += each.masked_fill(~kept, 0.0).sum()
+    return total
