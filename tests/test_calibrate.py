@@ -128,7 +128,7 @@ def matrices(layer):
 def error_of(a, b, x, z, bank_b):
     """sqrt(Σ‖d - d'‖² / Σ‖d‖²)."""
     d = z @ bank_b.T
-    return float(((d - x @ a.T @ b.T).norm() / d.norm()))
+    return float((d - x @ a.T @ b.T).norm() / d.norm())
 
 
 CASES = [
@@ -457,11 +457,11 @@ def test_a_base_in_half_precision_and_calls_under_autocast(folder):
     assert inside.error == pytest.approx(expected.error, rel=0.05)
 
 
-def test_a_model_whose_forward_is_compiled_is_watched_all_the_same(folder):
+def test_compiled_modules_are_watched_all_the_same(folder):
     model, found = calibrated("molora", folder)
-    inputs = batches_of("llama", 1)[0]
-    model.compile(backend="eager")
-    logits(model, inputs)
+    for layer in routed_layers(model)[:2]:
+        layer.compile(backend="eager")  # whose graph knows no hooks that come later
+    logits(model, batches_of("llama", 1)[0])
     again = calibrate(model, batches_of(), held_out=batches_of("llama", 2, seed=1))
     assert again.kl == pytest.approx(found.kl, rel=1e-3)
     assert again.error == pytest.approx(found.error, rel=1e-3)
@@ -743,7 +743,7 @@ OPTIONS = {
     "no data": (["--calibrate", "nowhere"], "nowhere"),
     "nothing": (
         [],
-        "call peft_moe.calibrate(model, batches) before fold(model, ...), or use peft-moe fold ADAPTER --cal",
+        "call peft_moe.calibrate(model, batches) before fold(model, ...), or use peft-moe fold ADAPTER",
     ),
 }
 

@@ -328,9 +328,7 @@ MERGES = {
     "layer.merge": lambda model, _folder: routed_layers(model)[-1].merge(),
     "get_delta_weight": lambda model, _folder: routed_layers(model)[-1].get_delta_weight("default"),
 }
-REFUSAL = (
-    r"Adapter 'default' chooses experts for each token.*keep it as an adapter, or let peft_moe.calibrate\(model, bat"
-)
+REFUSAL = r"Adapter 'default' chooses experts for each token.*keep it as an adapter, or let peft_moe.calibrate\(model"
 
 
 @pytest.mark.parametrize("how", MERGES)
@@ -356,9 +354,7 @@ def test_folding_is_refused_and_writes_nothing(kind, tmp_path):
     model = routed(kind)
     model.save_pretrained(tmp_path / "adapter")
     for source in (model, tmp_path / "adapter"):
-        with pytest.raises(
-            ValueError, match=r"call peft_moe.calibrate\(model, batches\) before fold.*--calibrate DATA"
-        ):
+        with pytest.raises(ValueError, match=r"call peft_moe.calibrate\(model, batches\) before.*--calibrate DATA"):
             fold(source, tmp_path / "folded")
         with pytest.raises(ValueError, match=r"task=0: M\S+ adapters choose experts by no task; leave task= out"):
             fold(source, tmp_path / "folded", task=0)
