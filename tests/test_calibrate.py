@@ -467,6 +467,14 @@ def test_compiled_modules_are_watched_all_the_same(folder):
     assert again.error == pytest.approx(found.error, rel=1e-3)
 
 
+def test_the_report_says_if_mean_weights_come_closer(folder):
+    model = make("molora", folder)
+    assert "Mean weights come closer" not in str(calibrate(model, batches_of(), held_out=batches_of()))
+    few = calibrate(model, batches_of(n=1, rows=2), held_out=batches_of(seed=1), damping=1e-5)
+    assert few.error > few.mean_gate_error
+    assert str(few).endswith("Mean weights come closer: more batches, a larger damping or a higher rank may help.")
+
+
 # what is refused
 
 

@@ -109,6 +109,7 @@ ORDER = [
     {"moelora", "molora", "medmoe"},
     {"grouped"},
     {"_register"},
+    {"watch"},
     {"calibrate", "card_methods", "directory"},
     {"compose", "fold", "fold_card"},
     {"metrics", "reading", "arguments", "data"},

@@ -7,28 +7,24 @@ such bank the LoRA that comes closest to it over them (see `stand_in`), and says
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from math import inf
+from functools import partial
 from statistics import mean
-from typing import Any, Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
-from accelerate.utils import send_to_device
 from peft import PeftModel
-from torch import nn
 from transformers.utils.logging import tqdm
 
-from .bank import ExpertBank
 from .config import check_count
 from .layer import MoeLinear
-from .routing import TaskRouter, TokenRouter, keep_mask
+from .routing import TaskRouter
 from .stand_in import Moments, StandIn, closest
 from .tuner import MoeTuner
+from .watch import Batch, Watch, as_it_was
 
 Method = Literal["least_squares", "mean_gate"]
-Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -144,28 +140,38 @@ def calibrate(
     """
     tuner, name = _adapter_of(model, adapter_name)
     _check_arguments(method, rank, damping, max_memory)
-    layers = _layers_to_calibrate(tuner, name)
-    with _as_it_was(model, tuner):
+    watch = Watch(model, tuner, name, _layers_to_calibrate(tuner, name))
+    show = partial(tqdm, disable=not progress)
+    with as_it_was(model, tuner):
         train, test = _split(batches, held_out)
         stand_ins: dict[str, StandIn] = {}
         means: dict[str, torch.Tensor] = {}
-        groups, tokens = list(_groups(layers, name, max_memory)), 0
+        groups, tokens = watch.groups(max_memory), 0
         for i, group in enumerate(groups, start=1):
             note = f"Calibrating {i}/{len(groups)}" if len(groups) > 1 else "Calibrating"
-            moments = _collect(model, group, name, tqdm(train, desc=note, disable=not progress))
-            for key, layer in group.items():
+            moments = group.collect(show(train, desc=note))
+            for key in group.layers:
                 sums = moments.pop(key)  # its memory is needed for the next layer's solution
                 tokens = max(tokens, int(sums.count))
                 means[key] = sums.mean_gate()
-                stand_ins[key] = _stand_in(key, layer, name, sums, method, damping, rank)
-        errors, kl, mean_kl, held_out_tokens = _measure(
-            model, tuner, layers, name, stand_ins, means, tqdm(test, desc="Measuring", disable=not progress)
-        )
-    for key, layer in layers.items():
+                stand_ins[key] = _stand_in(key, watch, sums, method, damping, rank)
+        measured = watch.measure(show(test, desc="Measuring"), stand_ins, means)
+    for key, layer in watch.layers.items():
         layer.stand_ins[name] = stand_ins[key]
-    result = Calibration(name, method, float(damping), tokens, held_out_tokens, errors, kl, mean_kl)
+    errors = {key: LayerError(stand_ins[key].a.shape[0], *both) for key, both in measured.errors.items()}
+    kl, mean_kl = measured.kl or (None, None)
+    result = Calibration(name, method, float(damping), tokens, measured.tokens, errors, kl, mean_kl)
     tuner.calibrations[name] = result
     return result
+
+
+def _stand_in(key: str, watch: Watch, moments: Moments, method: Method, damping: float, rank: int | None) -> StandIn:
+    a, b = watch.bank(key).lora_A.weight, watch.bank(key).lora_B.weight
+    try:
+        new_a, new_b = closest(a, b, moments, damping=damping, rank=rank, mean_gate=method == "mean_gate")
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    return StandIn(new_a.to(a.dtype), new_b.to(b.dtype, copy=True), watch.layers[key].fingerprint(watch.adapter))
 
 
 # -- what is asked for ------------------------------------------------------------------------------------------------
@@ -237,191 +243,3 @@ def _again(batches: Iterable[Batch], what: str) -> Iterable[Batch]:
     if isinstance(batches, Mapping):
         raise TypeError(f"{what} is a single batch; give a list of them, or a DataLoader.")
     return list(batches) if isinstance(batches, Iterator) else batches
-
-
-# -- runs over the batches --------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _as_it_was(model: PeftModel, tuner: MoeTuner) -> Iterator[None]:
-    """Eval mode, without compiled graphs that know no hooks, and calls keep their masks; all is put back at the end."""
-    modes = {module: module.training for module in model.modules()}
-    statistics = {module: module.statistics for module in modes if isinstance(module, TokenRouter)}
-    recording = tuner.recording
-    random = torch.random.fork_rng(devices=[])  # which DataLoaders draw from
-    with tuner.context.turn(), torch.compiler.set_stance("force_eager"), random:
-        model.eval()
-        tuner.recording = True
-        for router in statistics:
-            router.statistics = None
-        try:
-            yield
-        finally:
-            tuner.recording = recording
-            for router, kept in statistics.items():
-                router.statistics = kept
-            for module, training in modes.items():
-                module.training = training
-
-
-def _groups(layers: Mapping[str, MoeLinear], name: str, max_memory: int) -> Iterator[dict[str, MoeLinear]]:
-    """Layers whose sums fit into memory together; one by one if a single one does not."""
-    group: dict[str, MoeLinear] = {}
-    used = 0
-    for key, layer in layers.items():
-        size = Moments.size(layer.in_features, _bank(layer, name).lora_A.weight.shape[0])
-        if group and used + size > max_memory:
-            yield group
-            group, used = {}, 0
-        group[key], used = layer, used + size
-    yield group
-
-
-def _bank(layer: MoeLinear, name: str) -> ExpertBank:
-    return cast(ExpertBank, layer.moelora_bank[name])
-
-
-def _run(model: nn.Module, batch: Batch) -> Any:
-    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-    return model(**send_to_device(dict(batch), device))
-
-
-# What is called with a layer's name, the layer, x (..., in), weights and output (..., out) of its bank; what it returns
-# takes the output's place.
-Hook = Callable[[str, MoeLinear, torch.Tensor, torch.Tensor, torch.Tensor], "torch.Tensor | None"]
-
-
-@contextmanager
-def _watching(layers: Mapping[str, MoeLinear], name: str, hook: Hook) -> Iterator[None]:
-    """Call a hook after each bank."""
-    with ExitStack() as stack:
-        for key, layer in layers.items():
-
-            def watch(_: nn.Module, args: tuple[Any, ...], output: Any, key: str = key, layer: Any = layer) -> Any:
-                return hook(key, layer, args[0], args[1], output)
-
-            stack.enter_context(_bank(layer, name).register_forward_hook(watch))
-        yield
-
-
-def _collect(
-    model: PeftModel, layers: Mapping[str, MoeLinear], name: str, batches: Iterable[Batch]
-) -> dict[str, Moments]:
-    moments: dict[str, Moments] = {}
-
-    def add(key: str, layer: MoeLinear, x: torch.Tensor, weights: torch.Tensor, _: torch.Tensor) -> None:
-        bank = _bank(layer, name)
-        h = bank.lora_A(x)
-        s = bank.scaled_weights(h, weights)
-        if key not in moments:
-            moments[key] = Moments(x.shape[-1], h.shape[-1], x.device)
-        moments[key].add(x.flatten(0, -2), h.flatten(0, -2), s.flatten(0, -2), layer.tokens_that_count(name, x))
-
-    with _watching(layers, name, add):
-        for batch in batches:
-            _run(model, batch)
-    _check_reached(layers, {key: sums.count for key, sums in moments.items()}, "batches")
-    return moments
-
-
-def _check_reached(layers: Iterable[str], counts: Mapping[str, torch.Tensor], what: str) -> None:
-    missed = [key for key in layers if key not in counts or not counts[key]]
-    if missed:
-        raise ValueError(
-            f"No token of {what} reached {missed[0]!r}; give batches that use all adapted layers, or leave such layers "
-            "out of the adapter with exclude_modules."
-        )
-
-
-def _stand_in(
-    key: str, layer: MoeLinear, name: str, moments: Moments, method: Method, damping: float, rank: int | None
-) -> StandIn:
-    a, b = _bank(layer, name).lora_A.weight, _bank(layer, name).lora_B.weight
-    try:
-        new_a, new_b = closest(a, b, moments, damping=damping, rank=rank, mean_gate=method == "mean_gate")
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
-    return StandIn(new_a.to(a.dtype), new_b.to(b.dtype, copy=True), layer.fingerprint(name))
-
-
-def _measure(
-    model: PeftModel,
-    tuner: MoeTuner,
-    layers: Mapping[str, MoeLinear],
-    name: str,
-    stand_ins: Mapping[str, StandIn],
-    means: Mapping[str, torch.Tensor],
-    batches: Iterable[Batch],
-) -> tuple[dict[str, LayerError], float | None, float | None, int]:
-    """Errors by layer, KL of stand-ins and of mean weights, and the number of tokens they are measured on."""
-    # by layer, sums on its device, so that nothing waits for it: ‖d‖², ‖d - d'‖² by stand-in and by mean weights
-    squares: dict[str, torch.Tensor] = {}
-    counts: dict[str, torch.Tensor] = {}
-
-    def by_stand_in(key: str, layer: MoeLinear, x: torch.Tensor, *_: Any) -> torch.Tensor:
-        return nn.functional.linear(nn.functional.linear(x, stand_ins[key].a), stand_ins[key].b)
-
-    def by_mean(key: str, layer: MoeLinear, x: torch.Tensor, *_: Any) -> torch.Tensor:
-        bank = _bank(layer, name)
-        h = bank.lora_A(x)
-        return cast(torch.Tensor, bank.lora_B(h * means[key].to(h)))
-
-    def compare(key: str, layer: MoeLinear, x: torch.Tensor, weights: torch.Tensor, d: torch.Tensor) -> None:
-        keep = layer.tokens_that_count(name, x)
-        keep = d.new_ones(d.shape[:-1].numel(), dtype=torch.bool) if keep is None else keep
-        found = [
-            rest.flatten(0, -2).float().square().sum(-1).masked_fill(~keep, 0.0).sum()
-            for rest in (d, d - by_stand_in(key, layer, x), d - by_mean(key, layer, x))
-        ]
-        squares[key] = squares.get(key, 0.0) + torch.stack(found)
-        counts[key] = counts.get(key, 0) + keep.sum()
-
-    divergences = []
-    for batch in batches:
-        with _watching(layers, name, compare):
-            routed = _logits(_run(model, batch))
-        if routed is None:
-            continue
-        keep = _keep(routed, batch, in_decoder=tuner.is_encoder_decoder)
-        found = [keep.sum()]
-        for hook in (by_stand_in, by_mean):
-            with _watching(layers, name, hook):
-                found.append(_kl(routed, cast(torch.Tensor, _logits(_run(model, batch))), keep))
-        divergences.append(torch.stack(found).tolist())
-    _check_reached(layers, counts, "held_out")
-    errors = {}
-    for key in layers:
-        norm, *rest = squares[key].tolist()
-        error, mean_error = ((value / norm) ** 0.5 if norm else inf if value else 0.0 for value in rest)
-        errors[key] = LayerError(stand_ins[key].a.shape[0], error, mean_error)
-    n, kl, mean_kl = (sum(column) for column in zip(*divergences, strict=True)) if divergences else (0, 0.0, 0.0)
-    return errors, kl / n if n else None, mean_kl / n if n else None, max(int(count) for count in counts.values())
-
-
-def _logits(outputs: Any) -> torch.Tensor | None:
-    """(..., classes), if the outputs have them."""
-    logits = getattr(outputs, "logits", None)
-    return logits if isinstance(logits, torch.Tensor) and logits.shape[-1] > 1 else None
-
-
-def _keep(logits: torch.Tensor, batch: Batch, *, in_decoder: bool) -> torch.Tensor:
-    """(...) true for predictions that count: those of tokens that are no padding; all where there are no such."""
-    labels = batch.get("labels")
-    mask = keep_mask(batch.get("decoder_attention_mask" if in_decoder else "attention_mask"))
-    if mask is None and in_decoder and isinstance(labels, torch.Tensor):
-        mask = labels != -100
-    if mask is not None and mask.shape == logits.shape[:-1]:
-        return mask.to(logits.device)
-    return logits.new_ones(logits.shape[:-1], dtype=torch.bool)
-
-
-def _kl(p: torch.Tensor, q: torch.Tensor, keep: torch.Tensor, chunk: int = 256) -> torch.Tensor:
-    """Sum over predictions of KL(p ‖ q) between logits (..., classes), over those to keep (...)."""
-    total = torch.zeros((), device=p.device)
-    parts = (p.flatten(0, -2).split(chunk), q.flatten(0, -2).split(chunk), keep.flatten().split(chunk))
-    for p_part, q_part, kept in zip(*parts, strict=True):  # in float32 a few at a time
-        # some models give -inf to what they never say, and 0 · -inf is no number
-        log_p, log_q = (v.float().clamp_min(-1e30).log_softmax(-1) for v in (p_part, q_part))
-        each = nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-        total += each.masked_fill(~kept, 0.0).sum()
-    return total
