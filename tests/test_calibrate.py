@@ -197,6 +197,18 @@ def test_without_damping_it_is_the_formula_of_least_squares():
     assert torch.equal(same, b.double())
 
 
+def test_the_damping_is_features_over_tokens_unless_it_is_given(folder):
+    model, found = calibrated("molora", folder)
+    first = values(model)
+    assert found.damping is None
+    for features in (32, 64):
+        again = calibrate(model, batches_of(), held_out=batches_of("llama", 2, seed=1), damping=features / found.tokens)
+        assert again.damping == features / found.tokens
+        same = [torch.equal(first[k].a, now.a) for k, now in values(model).items() if now.a.shape[1] == features]
+        assert all(same)
+        assert len(same) == (6 if features == 32 else 2)
+
+
 def test_directions_that_no_token_has_get_the_mean_gate():
     torch.manual_seed(0)
     x, s, a, b = torch.randn(50, 12), torch.rand(50, 4), torch.randn(4, 12), torch.randn(6, 4)
@@ -324,7 +336,7 @@ def test_the_card_of_the_folded_adapter_has_the_errors(folder, tmp_path):
     model, found = calibrated("molora", folder, rank=3)
     card = (fold(model, tmp_path / "folded") / "README.md").read_text()
     assert "into a stock LoRA of rank 3" in card
-    assert f"least squares from {found.tokens} tokens (damping 0.01)" in card
+    assert f"least squares from {found.tokens} tokens (damping features / tokens)" in card
     assert f"| error, mean over layers | {found.error:.4f} | {found.mean_gate_error:.4f} |" in card
     assert f"| KL of predictions, nats | {found.kl:.4f} | {found.mean_gate_kl:.4f} |" in card
     for key, layer in found.layers.items():
@@ -472,7 +484,7 @@ def test_the_report_says_if_mean_weights_come_closer(folder):
     assert "Mean weights come closer" not in str(calibrate(model, batches_of(), held_out=batches_of()))
     few = calibrate(model, batches_of(n=1, rows=2), held_out=batches_of(seed=1), damping=1e-5)
     assert few.error > few.mean_gate_error
-    assert str(few).endswith("Mean weights come closer: more batches, a larger damping or a higher rank may help.")
+    assert str(few).endswith("Mean weights come closer: more batches or a higher rank may help.")
 
 
 # what is refused
@@ -501,7 +513,7 @@ REFUSED = {
     "held out empty": (None, {"held_out": []}, ValueError, "held_out is empty; give at least one batch"),
     "method": (None, {"method": "magic"}, ValueError, r"method='magic' is not known; use one of \['least_squares', 'm"),
     "rank": (None, {"rank": 0}, ValueError, "rank=0 is the rank of the stand-ins; give a whole number from 1"),
-    "damping": (None, {"damping": 0.0}, ValueError, "damping=0.0; use a number above 0, such as 0.01"),
+    "damping": (None, {"damping": 0.0}, ValueError, "damping=0.0; use a number above 0, such as 0.01, or None"),
     "tiny damping": (None, {"damping": 1e-30}, ValueError, "damping=1e-30 is too small beside the rounding"),
     "memory": (None, {"max_memory": 0}, ValueError, "max_memory=0 is a number of bytes"),
     "name": (None, {"adapter_name": "x"}, ValueError, r"adapter_name='x'; the model has \['default'\]"),

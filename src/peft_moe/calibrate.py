@@ -50,7 +50,7 @@ class Calibration:
     Args:
         adapter: its name.
         method: how stand-ins were made.
-        damping: ε.
+        damping: ε; None for features / tokens.
         tokens: how many the calibration batches have, without padding.
         held_out_tokens: the same for the batches that errors were measured on.
         layers: by module, the error of its stand-in. Layers with one expert are not in it: they are exact.
@@ -61,7 +61,7 @@ class Calibration:
 
     adapter: str
     method: Method
-    damping: float
+    damping: float | None
     tokens: int
     held_out_tokens: int
     layers: dict[str, LayerError]
@@ -89,7 +89,7 @@ class Calibration:
         if self.kl is not None and self.mean_gate_kl is not None:
             lines.append(f"  KL of the predictions: {self.kl:.4f} nats; by mean weights {self.mean_gate_kl:.4f}")
         if self.error > self.mean_gate_error:
-            lines.append("  Mean weights come closer: more batches, a larger damping or a higher rank may help.")
+            lines.append("  Mean weights come closer: more batches or a higher rank may help.")
         return "\n".join(lines)
 
 
@@ -101,7 +101,7 @@ def calibrate(
     held_out: Iterable[Batch] | None = None,
     rank: int | None = None,
     method: Method = "least_squares",
-    damping: float = 0.01,
+    damping: float | None = None,
     adapter_name: str | None = None,
     max_memory: int = 2 << 30,
     progress: bool = False,
@@ -120,7 +120,8 @@ def calibrate(
         rank: compress the stand-ins to this rank, by the singular values of their outputs; None for no compression.
             Those of a lower rank are left as they are.
         method: `"mean_gate"` gives each expert its mean weight instead, for comparison.
-        damping: ε, beside features of mean square 1.
+        damping: ε, beside features of mean square 1; None for features / tokens, so that few tokens do not decide much
+            and many decide all.
         adapter_name: by default the active adapter.
         max_memory: bytes for the sums `E[x xᵀ]` (in × in for each layer) that are kept at once; layers whose sums do
             not fit wait for another run over the batches. To solve for a layer takes four times its own sums more.
@@ -160,13 +161,16 @@ def calibrate(
         layer.stand_ins[name] = stand_ins[key]
     errors = {key: LayerError(stand_ins[key].a.shape[0], *both) for key, both in measured.errors.items()}
     kl, mean_kl = measured.kl or (None, None)
-    result = Calibration(name, method, float(damping), tokens, measured.tokens, errors, kl, mean_kl)
+    result = Calibration(name, method, damping, tokens, measured.tokens, errors, kl, mean_kl)
     tuner.calibrations[name] = result
     return result
 
 
-def _stand_in(key: str, watch: Watch, moments: Moments, method: Method, damping: float, rank: int | None) -> StandIn:
+def _stand_in(
+    key: str, watch: Watch, moments: Moments, method: Method, damping: float | None, rank: int | None
+) -> StandIn:
     a, b = watch.bank(key).lora_A.weight, watch.bank(key).lora_B.weight
+    damping = a.shape[1] / int(moments.count) if damping is None else damping
     try:
         new_a, new_b = closest(a, b, moments, damping=damping, rank=rank, mean_gate=method == "mean_gate")
     except ValueError as error:
@@ -200,14 +204,15 @@ def _adapter_of(model: PeftModel, adapter_name: str | None) -> tuple[MoeTuner, s
     return tuner, name
 
 
-def _check_arguments(method: str, rank: int | None, damping: float, max_memory: int) -> None:
+def _check_arguments(method: str, rank: int | None, damping: float | None, max_memory: int) -> None:
     if method not in get_args(Method):
         raise ValueError(f"method={method!r} is not known; use one of {list(get_args(Method))}.")
     if rank is not None:
         check_count("rank", rank, "the rank of the stand-ins")
     check_count("max_memory", max_memory, "a number of bytes")
-    if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 < damping < float("inf"):
-        raise ValueError(f"damping={damping!r}; use a number above 0, such as 0.01.")
+    number = isinstance(damping, (int, float)) and not isinstance(damping, bool)
+    if damping is not None and not (number and 0 < damping < float("inf")):
+        raise ValueError(f"damping={damping!r}; use a number above 0, such as 0.01, or None.")
 
 
 def _layers_to_calibrate(tuner: MoeTuner, name: str) -> dict[str, MoeLinear]:
