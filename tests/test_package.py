@@ -111,6 +111,7 @@ ORDER = [
     {"moelora", "molora", "medmoe"},
     {"grouped"},
     {"_register"},
+    {"watch"},
     {"calibrate", "card_methods", "directory", "resume"},
     {"compose", "fold", "fold_card", "hotswap"},
     {"metrics", "reading", "arguments", "data"},

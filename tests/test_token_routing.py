@@ -328,7 +328,7 @@ MERGES = {
     "layer.merge": lambda model, _folder: routed_layers(model)[-1].merge(),
     "get_delta_weight": lambda model, _folder: routed_layers(model)[-1].get_delta_weight("default"),
 }
-REFUSAL = "Adapter 'default' chooses experts for each token.*cannot be merged; keep it as an adapter, or train MOELoRA"
+REFUSAL = r"Adapter 'default' chooses experts for each token.*keep it as an adapter, or let peft_moe.calibrate\(model"
 
 
 @pytest.mark.parametrize("how", MERGES)
@@ -354,8 +354,12 @@ def test_folding_is_refused_and_writes_nothing(kind, tmp_path):
     model = routed(kind)
     model.save_pretrained(tmp_path / "adapter")
     for source in (model, tmp_path / "adapter"):
-        with pytest.raises(ValueError, match=r"is a M\w+LORA adapter; fold takes MOELORA adapters"):
+        with pytest.raises(ValueError, match=r"call peft_moe.calibrate\(model, batches\) before.*--calibrate DATA"):
+            fold(source, tmp_path / "folded")
+        with pytest.raises(ValueError, match=r"task=0: M\S+ adapters choose experts by no task; leave task= out"):
             fold(source, tmp_path / "folded", task=0)
+        with pytest.raises(ValueError, match=r"M\S+ adapters have no groups; leave routing= out"):
+            fold(source, tmp_path / "folded", routing={"off": ["f"]})
     assert not (tmp_path / "folded").exists()
 
 
@@ -363,7 +367,7 @@ def test_folding_is_refused_and_writes_nothing(kind, tmp_path):
 def test_converting_to_a_stock_lora_is_refused(kind):
     model = routed(kind)
     assert not any(layer.supports_lora_conversion() for layer in routed_layers(model))
-    with pytest.raises((TypeError, ValueError), match="not support|cannot be merged"):
+    with pytest.raises((TypeError, ValueError), match="not support|peft_moe.calibrate"):
         convert_to_lora(model, rank=4)
 
 

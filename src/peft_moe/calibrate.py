@@ -8,25 +8,23 @@ such bank the LoRA that comes closest to it over them (see `stand_in`), and says
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean
-from typing import Any, Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from peft import PeftModel
-from torch import nn
 from transformers.utils.logging import tqdm
 
-from .bank import ExpertBank
 from .checks import check_count
 from .layer import MoeLinear
 from .routing import TaskRouter
-from .stand_in import Moments, StandIn, compress, least_squares
+from .stand_in import Moments, StandIn, closest
 from .tuner import MoeTuner
+from .watch import Batch, Watch, as_it_was
 
 Method = Literal["least_squares", "mean_gate"]
-Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Calibration:
     Args:
         adapter: its name.
         method: how stand-ins were made.
-        damping: ε.
+        damping: ε; None for features / tokens.
         tokens: how many the calibration batches have, without padding.
         held_out_tokens: the same for the batches that errors were measured on.
         layers: by module, the error of its stand-in. Layers with one expert are not in it: they are exact.
@@ -63,7 +61,7 @@ class Calibration:
 
     adapter: str
     method: Method
-    damping: float
+    damping: float | None
     tokens: int
     held_out_tokens: int
     layers: dict[str, LayerError]
@@ -90,6 +88,8 @@ class Calibration:
         ]
         if self.kl is not None and self.mean_gate_kl is not None:
             lines.append(f"  KL of the predictions: {self.kl:.4f} nats; by mean weights {self.mean_gate_kl:.4f}")
+        if self.error > self.mean_gate_error:
+            lines.append("  Mean weights come closer: more batches or a higher rank may help.")
         return "\n".join(lines)
 
 
@@ -101,7 +101,7 @@ def calibrate(
     held_out: Iterable[Batch] | None = None,
     rank: int | None = None,
     method: Method = "least_squares",
-    damping: float = 0.01,
+    damping: float | None = None,
     adapter_name: str | None = None,
     max_memory: int = 2 << 30,
     progress: bool = False,
@@ -120,10 +120,11 @@ def calibrate(
         rank: compress the stand-ins to this rank, by the singular values of their outputs; None for no compression.
             Those of a lower rank are left as they are.
         method: `"mean_gate"` gives each expert its mean weight instead, for comparison.
-        damping: ε, beside features of mean square 1.
+        damping: ε, beside features of mean square 1; None for features / tokens, so that few tokens do not decide much
+            and many decide all.
         adapter_name: by default the active adapter.
         max_memory: bytes for the sums `E[x xᵀ]` (in × in for each layer) that are kept at once; layers whose sums do
-            not fit wait for another run over the batches.
+            not fit wait for another run over the batches. To solve for a layer takes four times its own sums more.
         progress: show a progress bar.
 
     Returns:
@@ -140,26 +141,41 @@ def calibrate(
     """
     tuner, name = _adapter_of(model, adapter_name)
     _check_arguments(method, rank, damping, max_memory)
-    layers = _layers_to_calibrate(tuner, name)
-    train, test = _split(batches, held_out)
-    with _running(model, tuner):
+    watch = Watch(model, tuner, name, _layers_to_calibrate(tuner, name))
+    show = partial(tqdm, disable=not progress)
+    with as_it_was(model, tuner):
+        train, test = _split(batches, held_out)
         stand_ins: dict[str, StandIn] = {}
         means: dict[str, torch.Tensor] = {}
-        groups, tokens = list(_groups(layers, name, max_memory)), 0
+        groups, tokens = watch.groups(max_memory), 0
         for i, group in enumerate(groups, start=1):
             note = f"Calibrating {i}/{len(groups)}" if len(groups) > 1 else "Calibrating"
-            moments = _collect(model, group, name, tqdm(train, desc=note, disable=not progress))
-            for key, sums in moments.items():
-                count = int(sums.count)
-                tokens = max(tokens, count)
-                means[key] = sums.mean_gate().cpu()
-                stand_ins[key] = _stand_in(key, group[key], name, sums, method, damping, rank)
-        errors, kl, mean_kl, held_out_tokens = _measure(model, layers, name, stand_ins, means, test)
-    for key, layer in layers.items():
+            moments = group.collect(show(train, desc=note))
+            for key in group.layers:
+                sums = moments.pop(key)  # its memory is needed for the next layer's solution
+                tokens = max(tokens, int(sums.count))
+                means[key] = sums.mean_gate()
+                stand_ins[key] = _stand_in(key, watch, sums, method, damping, rank)
+        measured = watch.measure(show(test, desc="Measuring"), stand_ins, means)
+    for key, layer in watch.layers.items():
         layer.stand_ins[name] = stand_ins[key]
-    result = Calibration(name, method, damping, tokens, held_out_tokens, errors, kl, mean_kl)
+    errors = {key: LayerError(stand_ins[key].a.shape[0], *both) for key, both in measured.errors.items()}
+    kl, mean_kl = measured.kl or (None, None)
+    result = Calibration(name, method, damping, tokens, measured.tokens, errors, kl, mean_kl)
     tuner.calibrations[name] = result
     return result
+
+
+def _stand_in(
+    key: str, watch: Watch, moments: Moments, method: Method, damping: float | None, rank: int | None
+) -> StandIn:
+    a, b = watch.bank(key).lora_A.weight, watch.bank(key).lora_B.weight
+    damping = a.shape[1] / int(moments.count) if damping is None else damping
+    try:
+        new_a, new_b = closest(a, b, moments, damping=damping, rank=rank, mean_gate=method == "mean_gate")
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    return StandIn(new_a.to(a.dtype), new_b.to(b.dtype, copy=True), watch.layers[key].fingerprint(watch.adapter))
 
 
 # -- what is asked for ------------------------------------------------------------------------------------------------
@@ -173,26 +189,30 @@ def _adapter_of(model: PeftModel, adapter_name: str | None) -> tuple[MoeTuner, s
             "first, or load the adapter with PeftModel.from_pretrained."
         )
     active = tuner.active_adapters
-    name = adapter_name or active[0]
-    if len(active) != 1 or name != active[0] or not tuner.adapters_enabled:
-        state = "" if tuner.adapters_enabled else ", and adapters are disabled"
+    name = adapter_name or next(iter(active), "default")
+    if name not in tuner.peft_config:
+        raise ValueError(f"adapter_name={name!r}; the model has {sorted(tuner.peft_config)}.")
+    if active != [name]:
         raise ValueError(
-            f"calibrate looks at what adapter {name!r} does alone, and the active ones are {active}{state}; call "
+            f"calibrate looks at what adapter {name!r} does alone, and the active ones are {active}; call "
             f"model.set_adapter({name!r}) first."
         )
+    if not tuner.adapters_enabled:
+        raise ValueError("Adapters are disabled; leave model.disable_adapter(), or call model.enable_adapter_layers().")
     if tuner.context.in_base:
         raise ValueError(f"{sorted(tuner.context.in_base)} are merged; call model.unmerge_adapter() first.")
     return tuner, name
 
 
-def _check_arguments(method: str, rank: int | None, damping: float, max_memory: int) -> None:
+def _check_arguments(method: str, rank: int | None, damping: float | None, max_memory: int) -> None:
     if method not in get_args(Method):
         raise ValueError(f"method={method!r} is not known; use one of {list(get_args(Method))}.")
     if rank is not None:
         check_count("rank", rank, "the rank of the stand-ins")
     check_count("max_memory", max_memory, "a number of bytes")
-    if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 < damping < float("inf"):
-        raise ValueError(f"damping={damping!r}; use a number above 0, such as 0.01.")
+    number = isinstance(damping, (int, float)) and not isinstance(damping, bool)
+    if damping is not None and not (number and 0 < damping < float("inf")):
+        raise ValueError(f"damping={damping!r}; use a number above 0, such as 0.01, or None.")
 
 
 def _layers_to_calibrate(tuner: MoeTuner, name: str) -> dict[str, MoeLinear]:
@@ -208,193 +228,23 @@ def _layers_to_calibrate(tuner: MoeTuner, name: str) -> dict[str, MoeLinear]:
 
 def _split(batches: Iterable[Batch], held_out: Iterable[Batch] | None) -> tuple[Iterable[Batch], Iterable[Batch]]:
     """Batches to calibrate on and to measure on, both of which can be run over again."""
-    train, test = _again(batches), None if held_out is None else _again(held_out)
+    train, test = _again(batches, "batches"), None if held_out is None else _again(held_out, "held_out")
     if test is None:
         every = list(train)
-        train, test = [b for i, b in enumerate(every) if i % 5 != 4], every[4::5] or every[1:][-1:]
-        train = train if len(every) > 4 else every[: max(1, len(every) - 1)]
+        few = len(every) < 5
+        test = every[1:][-1:] if few else every[4::5]
+        train = every[: max(1, len(every) - 1)] if few else [batch for i, batch in enumerate(every) if i % 5 != 4]
     for what, found in (("batches", train), ("held_out", test)):
         first = next(iter(found), None)
         if first is None:
-            few = "a second one to measure errors on, or held_out=" if what == "held_out" else "at least one"
-            raise ValueError(f"{what} is empty; give {few}.")
+            few_of = "a second batch to measure errors on, or held_out=" if held_out is None else "at least one batch"
+            raise ValueError(f"{what} is empty; give {few_of if what == 'held_out' else 'at least one batch'}.")
         if not isinstance(first, Mapping):
             raise TypeError(f"{what} holds a {type(first).__name__}; give dicts of the model's arguments.")
     return train, test
 
 
-def _again(batches: Iterable[Batch]) -> Iterable[Batch]:
+def _again(batches: Iterable[Batch], what: str) -> Iterable[Batch]:
     if isinstance(batches, Mapping):
-        raise TypeError("batches is a single batch; give a list of them, or a DataLoader.")
+        raise TypeError(f"{what} is a single batch; give a list of them, or a DataLoader.")
     return list(batches) if isinstance(batches, Iterator) else batches
-
-
-# -- runs over the batches --------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _running(model: PeftModel, tuner: MoeTuner) -> Iterator[None]:
-    """Eval mode, and calls keep their masks."""
-    modes = {module: module.training for module in model.modules()}
-    recording = tuner.recording
-    with tuner.context.turn():
-        model.eval()
-        tuner.recording = True
-        try:
-            yield
-        finally:
-            tuner.recording = recording
-            for module, training in modes.items():
-                module.training = training
-
-
-def _groups(layers: Mapping[str, MoeLinear], name: str, max_memory: int) -> Iterator[dict[str, MoeLinear]]:
-    """Layers whose sums fit into memory together; one by one if a single one does not."""
-    group: dict[str, MoeLinear] = {}
-    used = 0
-    for key, layer in layers.items():
-        size = Moments.size(layer.in_features, _bank(layer, name).lora_A.weight.shape[0])
-        if group and used + size > max_memory:
-            yield group
-            group, used = {}, 0
-        group[key], used = layer, used + size
-    yield group
-
-
-def _bank(layer: MoeLinear, name: str) -> ExpertBank:
-    return cast(ExpertBank, layer.moelora_bank[name])
-
-
-def _run(model: nn.Module, batch: Batch) -> Any:
-    device = next(model.parameters()).device
-    return model(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
-
-
-@contextmanager
-def _watching(layers: Mapping[str, MoeLinear], name: str, hook: Any) -> Iterator[None]:
-    """Call `hook(key, layer, x, weights, output)` after each bank; what it returns takes the output's place."""
-    with ExitStack() as stack:
-        for key, layer in layers.items():
-
-            def watch(_: nn.Module, args: tuple[Any, ...], output: Any, key: str = key, layer: Any = layer) -> Any:
-                return hook(key, layer, args[0], args[1], output)
-
-            stack.enter_context(_bank(layer, name).register_forward_hook(watch))
-        yield
-
-
-def _collect(
-    model: PeftModel, layers: Mapping[str, MoeLinear], name: str, batches: Iterable[Batch]
-) -> dict[str, Moments]:
-    moments: dict[str, Moments] = {}
-
-    def add(key: str, layer: MoeLinear, x: torch.Tensor, weights: torch.Tensor, _: torch.Tensor) -> None:
-        bank = _bank(layer, name)
-        h = bank.lora_A(x)
-        s = bank.scaled_weights(h, weights)
-        if key not in moments:
-            moments[key] = Moments(x.shape[-1], h.shape[-1], x.device)
-        moments[key].add(x.flatten(0, -2), h.flatten(0, -2), s.flatten(0, -2), layer.tokens_that_count(name, x))
-
-    with _watching(layers, name, add):
-        for batch in batches:
-            _run(model, batch)
-    missed = [key for key in layers if key not in moments or not moments[key].count]
-    if missed:
-        raise ValueError(
-            f"No token of the batches reached {missed[0]!r}; give batches that use all adapted layers, or leave such "
-            "layers out of the adapter with exclude_modules."
-        )
-    return moments
-
-
-def _stand_in(
-    key: str, layer: MoeLinear, name: str, moments: Moments, method: Method, damping: float, rank: int | None
-) -> StandIn:
-    bank = _bank(layer, name)
-    a, b = bank.lora_A.weight, bank.lora_B.weight
-    if method == "mean_gate":
-        new_a = moments.mean_gate().unsqueeze(1) * a.double()
-    else:
-        new_a = least_squares(a, moments, damping)
-    new_b = b
-    if rank is not None and rank < min(b.shape):
-        new_a, new_b = compress(new_a, b, moments, rank=rank, damping=damping)
-    if not (torch.isfinite(new_a).all() and torch.isfinite(new_b).all()):
-        raise ValueError(f"The inputs of {key!r} or its experts are not finite numbers; look for NaN in the adapter.")
-    return StandIn(new_a.to(a.dtype), new_b.to(b.dtype).clone(), layer.fingerprint(name))
-
-
-def _measure(
-    model: PeftModel,
-    layers: Mapping[str, MoeLinear],
-    name: str,
-    stand_ins: Mapping[str, StandIn],
-    means: Mapping[str, torch.Tensor],
-    batches: Iterable[Batch],
-) -> tuple[dict[str, LayerError], float | None, float | None, int]:
-    """Errors by layer, KL of stand-ins and of mean weights, and the number of tokens they are measured on."""
-    sums = {key: [torch.zeros((), dtype=torch.float64) for _ in range(3)] for key in layers}
-    tokens = dict.fromkeys(layers, 0)
-
-    def by_stand_in(key: str, layer: MoeLinear, x: torch.Tensor, *_: Any) -> torch.Tensor:
-        return nn.functional.linear(nn.functional.linear(x, stand_ins[key].a), stand_ins[key].b)
-
-    def by_mean(key: str, layer: MoeLinear, x: torch.Tensor, *_: Any) -> torch.Tensor:
-        bank = _bank(layer, name)
-        h = bank.lora_A(x)
-        return cast(torch.Tensor, bank.lora_B(h * means[key].to(h)))
-
-    def compare(key: str, layer: MoeLinear, x: torch.Tensor, weights: torch.Tensor, d: torch.Tensor) -> None:
-        keep = layer.tokens_that_count(name, x)
-        others = (torch.zeros_like(d), by_stand_in(key, layer, x), by_mean(key, layer, x))
-        for total, other in zip(sums[key], others, strict=True):
-            square = (d - other).flatten(0, -2).float().square().sum(-1)
-            total += square.masked_fill(~keep, 0.0).sum().cpu() if keep is not None else square.sum().cpu()
-        tokens[key] += square.numel() if keep is None else int(keep.sum())
-
-    divergences = []
-    for batch in batches:
-        with _watching(layers, name, compare):
-            routed = _logits(_run(model, batch))
-        if routed is None:
-            continue
-        found = []
-        for hook in (by_stand_in, by_mean):
-            with _watching(layers, name, hook):
-                found.append(_kl(routed, cast(torch.Tensor, _logits(_run(model, batch))), _keep(routed, batch)))
-        divergences.append(found)
-    errors = {}
-    for key in layers:
-        norm, error, mean_error = (float(total) for total in sums[key])
-        # a bank that adds nothing is met exactly
-        parts = [(value / norm) ** 0.5 if norm else 0.0 for value in (error, mean_error)]
-        errors[key] = LayerError(stand_ins[key].a.shape[0], *parts)
-    kl = [sum(f[i][0] for f in divergences) / max(1, sum(f[i][1] for f in divergences)) for i in range(2)]
-    return errors, *((kl[0], kl[1]) if divergences else (None, None)), max(tokens.values())
-
-
-def _logits(outputs: Any) -> torch.Tensor | None:
-    """(..., classes), if the outputs have them."""
-    logits = getattr(outputs, "logits", None)
-    return logits if isinstance(logits, torch.Tensor) and logits.shape[-1] > 1 else None
-
-
-def _keep(logits: torch.Tensor, batch: Batch) -> torch.Tensor | None:
-    """(n, s) true for predictions that count: in a decoder those with labels, else those of tokens, not padding."""
-    shape = logits.shape[:-1]
-    for name, ignored in (("decoder_attention_mask", 0), ("attention_mask", 0), ("labels", -100)):
-        mask = batch.get(name)
-        if isinstance(mask, torch.Tensor) and mask.shape == shape and len(shape) == 2:
-            return mask.to(logits.device) != ignored
-    return None
-
-
-def _kl(p: torch.Tensor, q: torch.Tensor, keep: torch.Tensor | None, chunk: int = 256) -> tuple[float, int]:
-    """Sum over predictions of KL(p ‖ q) between logits (..., classes), and their number."""
-    p, q = (v.flatten(0, -2) if keep is None else v[keep] for v in (p, q))
-    total = 0.0
-    for pair in zip(p.split(chunk), q.split(chunk), strict=True):  # log-probabilities of a few tokens at a time
-        log_p, log_q = (v.float().log_softmax(-1) for v in pair)
-        total += float(nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
-    return total, len(p)

@@ -90,10 +90,13 @@ def _fold(arguments: argparse.Namespace) -> None:
     hub = {"revision": arguments.revision} if arguments.revision else {}
     config = read_config(arguments.adapter, **hub)
     if arguments.calibrate:
-        model = _calibrated(arguments, hub)
+        model = _calibrated(arguments, config, hub)
         fold(model, arguments.out, overwrite=arguments.overwrite)
         print(f"calibrated: {arguments.out}")
         return
+    for option in ("base_model", "split", "rank"):
+        if getattr(arguments, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')} is for --calibrate DATA, which is not given")
     names = config.task_names if isinstance(config, MoeConfig) else []
     if arguments.all_tasks and isinstance(config, GroupedMoeConfig):
         raise ValueError(
@@ -115,31 +118,53 @@ def _fold(arguments: argparse.Namespace) -> None:
         print(f"task {task}: {out}")
 
 
-def _calibrated(arguments: argparse.Namespace, hub: dict[str, Any]) -> Any:
+def _calibrated(arguments: argparse.Namespace, config: Any, hub: dict[str, Any]) -> Any:
     """The adapter on its base model, calibrated on rows of the data."""
-    from peft import PeftConfig, PeftModel
+    from accelerate import PartialState
+    from peft import PeftModel
     from torch.utils.data import DataLoader
-    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+    from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
 
     from .calibrate import calibrate
+    from .config import check_count
     from .data import encode, read_examples
     from .directory import check_free
+    from .fold import check_config
 
     check_free(arguments.out, overwrite=arguments.overwrite)  # before the work
-    base = arguments.base_model or PeftConfig.from_pretrained(arguments.adapter, **hub).base_model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    check_config(config, arguments.adapter)
+    for option in ("rows", "batch_size", "max_length", "rank"):
+        if getattr(arguments, option) is not None:
+            check_count(f"--{option.replace('_', '-')}", getattr(arguments, option), "no count")
     examples = read_examples(arguments.calibrate, split=arguments.split).shuffle(seed=0)
     examples = examples.select(range(min(arguments.rows, len(examples))))
+    base = arguments.base_model or config.base_model_name_or_path
+    revision = {} if arguments.base_model or not config.revision else {"revision": config.revision}
+    tokenizer = _tokenizer(arguments.adapter, hub, base, revision)
     rows = encode(examples, tokenizer, tasks=None, max_length=arguments.max_length)
-    model = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base, dtype="auto"), arguments.adapter, **hub
-    )
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", **revision).to(PartialState().device)
+    model = PeftModel.from_pretrained(model, arguments.adapter, **hub)
+    batch_size = min(arguments.batch_size, max(1, len(rows) // 5))  # so that a fifth can be held out
     collator: Any = DataCollatorForSeq2Seq(tokenizer)
-    batches: Any = DataLoader(rows, batch_size=arguments.batch_size, collate_fn=collator)
+    batches: Any = DataLoader(rows, batch_size=batch_size, collate_fn=collator)
     print(calibrate(model, batches, rank=arguments.rank, progress=True))
     return model
+
+
+def _tokenizer(adapter: str, hub: dict[str, Any], base: str, revision: dict[str, Any]) -> Any:
+    """The tokenizer that was saved with the adapter, or else the base model's; it pads."""
+    from transformers import AutoTokenizer
+    from transformers.utils.hub import cached_file
+
+    try:
+        cached_file(adapter, "tokenizer_config.json", **hub)
+    except OSError:
+        tokenizer = AutoTokenizer.from_pretrained(base, **revision)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(adapter, **hub)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 if __name__ == "__main__":

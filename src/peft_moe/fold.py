@@ -205,7 +205,7 @@ def _read(source: PeftModel | str | Path, adapter_name: str | None, hub_kwargs: 
         name = adapter_name or source.active_adapters[0]
         if name not in source.peft_config:
             raise ValueError(f"adapter_name={name!r}; the model has {sorted(source.peft_config)}.")
-        config = _check(source.peft_config[name], name)
+        config = check_config(source.peft_config[name], name)
         # Not state_dict(), which would copy or unpack a quantised base too.
         tensors = {n: t.detach() for n, t in chain(source.named_parameters(), source.named_buffers())}
         state_dict = get_peft_model_state_dict(source, state_dict=tensors, adapter_name=name)
@@ -221,13 +221,14 @@ def _read(source: PeftModel | str | Path, adapter_name: str | None, hub_kwargs: 
         )
     if not isinstance(source, (str, Path)):
         raise TypeError(f"fold takes a PeftModel, a directory or a Hub id, not a {type(source).__name__}.")
-    config = _check(read_config(source, **hub_kwargs), source)
+    config = check_config(read_config(source, **hub_kwargs), source)
     fixed = isinstance(config, GroupedMoeConfig) and config.group_weights
     control = cast(GroupedMoeConfig, config).control(fixed) if fixed else None
     return Adapter(config, read_weights(str(source), **hub_kwargs), control)
 
 
-def _check(config: PeftConfig, source: object) -> MoeConfig:
+def check_config(config: PeftConfig, source: object) -> MoeConfig:
+    """The config of an adapter that can be folded; a ValueError for others."""
     if not isinstance(config, MoeConfig):
         raise ValueError(
             f"{str(source)!r} is a {getattr(config.peft_type, 'value', config.peft_type)} adapter; fold takes adapters "

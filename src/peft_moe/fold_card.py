@@ -32,6 +32,7 @@ class How:
 def errors_section(calibration: Calibration) -> str:
     """The section of the card on how close a calibrated LoRA comes."""
     how = "least squares" if calibration.method == "least_squares" else "mean weights"
+    damping = calibration.damping or "features / tokens"
     rows = [("error, mean over layers", calibration.error, calibration.mean_gate_error)]
     if calibration.kl is not None and calibration.mean_gate_kl is not None:
         rows.append(("KL of predictions, nats", calibration.kl, calibration.mean_gate_kl))
@@ -40,7 +41,7 @@ def errors_section(calibration: Calibration) -> str:
     return f"""
 ## How close it is
 
-Made by `peft_moe.calibrate` by {how} from {calibration.tokens} tokens (damping {calibration.damping}); measured on
+Made by `peft_moe.calibrate` by {how} from {calibration.tokens} tokens (damping {damping}); measured on
 {calibration.held_out_tokens} others. An error is the norm of what the LoRA adds to a layer's output less what the
 adapter adds, over the norm of the latter: 0 is the same, 1 as wrong as adding nothing.
 

@@ -206,7 +206,7 @@ class MoeLinear(nn.Module, BaseTunerLayer):
             )
         return self.stand_ins[adapter]
 
-    def fingerprint(self, adapter: str) -> float:
+    def fingerprint(self, adapter: str) -> int:
         """A number that changes with what an adapter does here."""
         bank, router, control = self._bank(adapter), self.router_of(adapter), self.context.controls.get(adapter)
         tensors = [bank.lora_A.weight, bank.lora_B.weight, *(router.parameters() if router is not None else ())]

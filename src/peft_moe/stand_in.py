@@ -9,6 +9,7 @@ Shapes: t tokens · E experts · R sum of ranks · r rank of the stand-in
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ class StandIn(NamedTuple):
 
     a: torch.Tensor
     b: torch.Tensor
-    made_for: float
+    made_for: int
 
     def delta_weight(self) -> torch.Tensor:
         """What it adds to the base weight (out, in), in float32."""
@@ -45,7 +46,7 @@ class Moments:
         self.xx = torch.zeros(in_features, in_features, device=device)
         self.zx = torch.zeros(rank, in_features, device=device)
         self.s = torch.zeros(rank, device=device)
-        self.count = torch.zeros((), device=device)
+        self.count = torch.zeros((), dtype=torch.long, device=device)
 
     @staticmethod
     def size(in_features: int, rank: int) -> int:
@@ -61,78 +62,90 @@ class Moments:
             s: (t, R), the scaled weight of the expert that each rank belongs to.
             keep: (t,) true for tokens that count; None for all.
         """
-        x, h, s = x.float(), h.float(), s.float()
         if keep is not None:  # zeros instead of fewer rows, whose number would depend on the data
             # not by a product: what padding holds may not be finite
             x, h, s = (v.masked_fill(~keep.unsqueeze(-1), 0.0) for v in (x, h, s))
+        x, h, s = x.float(), h.float(), s.float()
         self.xx.addmm_(x.T, x)
         self.zx.addmm_((h * s).T, x)
         self.s += s.sum(0)
         self.count += len(x) if keep is None else keep.sum()
 
-    def covariance(self, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """`E[x xᵀ] + εI` in units in which every feature has a mean square of 1, and these units.
+    def mean_gate(self) -> torch.Tensor:
+        """(R,) the mean of s."""
+        return self.s / self.count
+
+    def root(self, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """A square root of `E[x xᵀ] + εI` in units in which every feature has a mean square of 1, and these units.
 
         Features of hidden states differ by orders of magnitude, so that a ridge in their own units would be nothing to
         some and everything to others, and float32 sums would not be positive definite.
 
         Returns:
-            (in, in) in float64, positive definite; (in,) what features are divided by.
+            (in, in) in float64, lower triangular; (in,) what features are divided by.
+
+        Raises:
+            ValueError: ε is lost in the rounding of the sums.
         """
-        c = self.xx.double() / self.count
+        c = self.xx.double().div_(self.count)
         units = c.diagonal().sqrt()
         units = torch.where(units > 0, units, torch.ones_like(units))  # features that are always zero
-        c = c / units / units.unsqueeze(1)
-        c.diagonal().add_(damping)
-        return c, units
+        c.div_(units).div_(units.unsqueeze(1)).diagonal().add_(damping)
+        root, failed = torch.linalg.cholesky_ex(c)
+        if failed:
+            raise ValueError(
+                f"damping={damping} is too small beside the rounding of sums over {int(self.count)} tokens with "
+                f"{len(c)} features; use more tokens, or a larger one, such as 0.01."
+            )
+        return root, units
 
-    def mean_gate(self) -> torch.Tensor:
-        """(R,) the mean of s."""
-        return self.s / self.count
 
-
-def least_squares(a: torch.Tensor, moments: Moments, damping: float) -> torch.Tensor:
-    """A' (R, in) for a bank with A (R, in), in float64.
+def closest(
+    a: torch.Tensor, b: torch.Tensor, moments: Moments, *, damping: float, rank: int | None, mean_gate: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The LoRA whose output over a calibration set comes closest to that of a bank.
 
     The ridge pulls to the mean gate `Ā = E[s] ⊙ A` and not to zero: `A' = Ā + E[(z - Ā x) xᵀ] (E[x xᵀ] + εI)⁻¹`. So
     directions that the calibration set does not have are answered by the mean gate.
 
     Args:
+        a, b: of the bank, (R, in) and (out, R).
+        moments: of the calibration set.
         damping: ε, beside a mean square of 1.
-    """
-    mean = moments.mean_gate().double().unsqueeze(1) * a.double()
-    residual = (moments.zx.double() - mean @ moments.xx.double()) / moments.count
-    c, units = moments.covariance(damping)
-    return mean + torch.cholesky_solve((residual / units).T, torch.linalg.cholesky(c)).T / units
-
-
-def compress(
-    a: torch.Tensor, b: torch.Tensor, moments: Moments, *, rank: int, damping: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The LoRA of a lower rank whose output over the calibration set is closest to that of `b @ a`.
-
-    Args:
-        a: (R, in).
-        b: (out, R).
-        rank: r, up to R.
-        damping: ε.
+        rank: r, by the singular values of `b A' L`, where `L Lᵀ` is the covariance; None, or one that is not below
+            those of a and b, for no compression.
+        mean_gate: take Ā for A'.
 
     Returns:
-        a (r, in) and b (out, r) in float64: the singular value decomposition of `b a L`, where `L Lᵀ` is the
-        covariance, cut off at r.
+        a (r, in) and b (out, r) in float64.
+
+    Raises:
+        ValueError: the sums are not finite, or ε is too small for them.
     """
-    c, units = moments.covariance(damping)
-    q, triangle = torch.linalg.qr(b.double())
-    a = triangle @ a.double()
-    u, _, _ = torch.linalg.svd((a * units) @ torch.linalg.cholesky(c), full_matrices=False)
-    u = u[:, :rank]
-    return u.T @ a, q @ u
+    if not all(torch.isfinite(v).all() for v in (moments.xx, moments.zx, moments.s, a, b)):
+        raise ValueError("inputs, experts or weights of experts are not finite numbers; look for NaN in the adapter.")
+    a, b = moments.mean_gate().double().unsqueeze(1) * a.double(), b.double()
+    cut = rank is not None and rank < min(b.shape)
+    if mean_gate and not cut:
+        return a, b
+    residual = (moments.zx.double() - a @ moments.xx.double()) / moments.count
+    root, units = moments.root(damping)
+    if not mean_gate:
+        a = a + torch.cholesky_solve((residual / units).T, root).T / units
+    if cut:
+        q, triangle = torch.linalg.qr(b)
+        a = triangle @ a
+        u = torch.linalg.svd((a * units) @ root, full_matrices=False)[0][:, :rank]
+        a, b = u.T @ a, q @ u
+    return a, b
 
 
-def fingerprint(tensors: list[torch.Tensor]) -> float:
-    """A number that changes when weights do, and not when they are copied or moved."""
-    total = 0.0
+def fingerprint(tensors: Iterable[torch.Tensor]) -> int:
+    """A number that changes with any bit of the tensors, and not when they are copied or moved to another device."""
+    total = 0
     for tensor in tensors:
-        flat = tensor.detach().double().flatten()
-        total += float(flat @ torch.linspace(1, 2, len(flat), dtype=torch.float64, device=flat.device))
+        # integers, whose sum does not depend on its order as that of floats does, which differs among devices
+        bits = tensor.detach().contiguous().flatten().view(torch.int16).long()
+        places = torch.arange(len(bits), device=bits.device) % 65521 + 1
+        total = (total * 1_000_003 + int((bits * places).sum())) % (1 << 61)
     return total

@@ -56,10 +56,9 @@ class Control:
         return moved[device]
 
     def numbers(self) -> torch.Tensor:
-        """All that it says, as finite numbers (n,)."""
+        """All that it says, as numbers (n,)."""
         values = [v for _, v in self.fields() if isinstance(v, (torch.Tensor, float))]
-        flat = torch.cat([torch.as_tensor(v, dtype=torch.float64).cpu().flatten() for v in values])
-        return flat.clamp_min(-1e3)  # -inf leaves out
+        return torch.cat([torch.as_tensor(v, dtype=torch.float64).cpu().flatten() for v in values])
 
     def fields(self) -> list[tuple[str, Any]]:
         """Names and values of its fields."""
