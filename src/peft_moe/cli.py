@@ -126,7 +126,7 @@ def _calibrated(arguments: argparse.Namespace, config: Any, hub: dict[str, Any])
     from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
 
     from .calibrate import calibrate
-    from .config import check_count
+    from .checks import check_count
     from .data import encode, read_examples
     from .directory import check_free
     from .fold import check_config
