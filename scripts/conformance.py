@@ -37,7 +37,8 @@ OUTCOMES = ("passed", "failed", "skipped", "declared")
 # What the suite is to know of a config: linear layers are targeted, GPT-2's too, and this makes a new adapter change
 # the output.
 OPTIONS: dict[str, Any] = {"kinds": {"linear", "conv1d_hf"}, "init_off": {"init_lora_weights": False}}
-BY_INPUT = OPTIONS | {"merge": False}  # experts that the input chooses are in no single matrix
+MIXED = OPTIONS | {"mixed_batch": True}  # the tests of `adapter_names`, which peft runs for stock LoRA alone
+BY_INPUT = MIXED | {"merge": False}  # experts that the input chooses are in no single matrix
 # One test wants every parameter to have moved by 1e-4 after three steps, and takes a rate of 100 for types that are
 # slow at it; gates are, since they have a gradient once experts differ.
 LARGER_STEPS = {"lora_alpha": 320}
@@ -58,7 +59,7 @@ class NewExperts(GroupedMoeConfig):
 
 SPECS = [
     (STOCK, LoraConfig, {"r": 8}, OPTIONS),
-    ("MoeLoraConfig", MoeLoraConfig, MOELORA, OPTIONS | {"custom_kwargs": MOELORA | LARGER_STEPS}),
+    ("MoeLoraConfig", MoeLoraConfig, MOELORA, MIXED | {"custom_kwargs": MOELORA | LARGER_STEPS}),
     ("MoLoraConfig", MoLoraConfig, {"r": 4, "num_experts": 4}, BY_INPUT),
     ("MedMoeLoraConfig", MedMoeLoraConfig, {}, BY_INPUT),
     ("GroupedMoeConfig", NewExperts, {"r": 4}, BY_INPUT),
@@ -79,11 +80,8 @@ EXPLAINED: list[tuple[str, str, str]] = [
 ]
 
 # Tests that peft runs for stock LoRA and skips for us, since it asks for that class, and what holds the matter here.
-REFUSED = "`adapter_names` is refused with the remedy, not ignored (`tests/test_task_ids.py`)"
 GATED = {
-    "test_mixed_adapter_batches": REFUSED,
-    "test_generate_with_mixed_adapter_batches": REFUSED,
-    "test_weighted_combination_of_adapters": "`add_weighted_adapter` is a method of stock LoRA's tuner; ours have none",
+    "test_weighted_combination_of_adapters": "`add_weighted_adapter` says what to do instead (`tests/test_adapters.py`)",
 }
 
 Rows = list[dict[str, Any]]

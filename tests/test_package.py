@@ -106,6 +106,7 @@ ORDER = [
     {"config"},
     {"blocks", "checkpointing", "entry", "folding", "integrity", "layer"}
     | {"matching", "mixing", "packing", "prompts", "quantised"},
+    {"targets"},
     {"tuner"},
     {"token_routed"},
     {"moelora", "molora", "medmoe"},

@@ -19,7 +19,7 @@ from transformers import XLNetConfig, XLNetLMHeadModel
 
 from peft_moe import MoeLoraConfig
 from peft_moe.checkpointing import Recomputation
-from peft_moe.tuner import IN_BASE_EXPERTS
+from peft_moe.layer import IN_BASE_EXPERTS
 
 IDS = [2, 0, 1]
 NAMED = ["def", "icd", "rad"]

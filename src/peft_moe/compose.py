@@ -19,7 +19,7 @@ from .grouped import GroupedMoeConfig, read_expert
 from .grouped.config import check_groups
 from .grouped.fit import check_expert
 from .grouped.sources import Expert, check_source, read_loaded
-from .tuner import modules_outside_adapters
+from .targets import modules_outside_adapters
 
 # The class of a model of transformers for peft's task type.
 AUTO_CLASSES = {

@@ -278,14 +278,20 @@ class MoeLinear(nn.Module, BaseTunerLayer):
             self.context.in_base.discard(adapter)
         self._unmerged = None
 
+    def check_finite(self, adapter_names: Sequence[str]) -> None:
+        """Raise a ValueError if a weight of these adapters is NaN or infinite."""
+        for name in set(adapter_names) & self.moelora_bank.keys():
+            bank = self._bank(name)
+            if not all(bool(torch.isfinite(weight).all()) for weight in (bank.lora_A.weight, bank.lora_B.weight)):
+                raise broken(name)
+
     def _add_to_base(self, delta: torch.Tensor, check_for: str | None = None) -> None:
         check_can_merge(self)
         weight = weight_of(self)
         delta = delta.to(device=weight.device)
         merged = weight + delta.to(weight.dtype)
         if check_for is not None and not torch.isfinite(merged).all():
-            # peft's words, which its users search for
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {check_for} seems to be broken")
+            raise broken(check_for)
         if self.quantization_backend is None:
             self.set_base_weight(merged)
             return
@@ -303,6 +309,11 @@ class MoeLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "peft_moe." + super().__repr__()
+
+
+def broken(adapter: str) -> ValueError:
+    """The error for merging weights that are no numbers, in peft's words, which its users search for."""
+    return ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
 
 
 def not_mergeable(adapter: str, free: Sequence[str] = ()) -> ValueError:

@@ -16,7 +16,8 @@ from .config import MoeConfig, names_of
 from .layer import IN_BASE_EXPERTS, MoeLinear
 from .losses import BALANCE_LOSSES
 from .routing import BalanceTerm, RoutingStatistics, TokenRouter
-from .tuner import SEQUENCE_FIRST, MoeTuner
+from .targets import SEQUENCE_FIRST
+from .tuner import MoeTuner
 
 # Layers of an encoder-decoder model's decoder that see the encoder's output: keys and values of cross-attention.
 OF_ENCODER = re.compile(r"(?i:encdec|encoder_|cross)[^.]*\.(.*\.)?(k|v|key|value)(_proj|_lin)?$")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,12 +10,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _find_minimal_target_modules,
-    _maybe_include_all_linear_layers,
-)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import get_quantization_kwargs
 from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
@@ -29,16 +23,19 @@ from .checkpointing import undo_checkpointing
 from .config import MoeConfig
 from .entry import Entry
 from .integrity import adapter_tensors, check_gathered, check_tensors, check_weights_file, names_of_tensors
-from .layer import IN_BASE_EXPERTS, MoeLinear, check_base_layer
+from .layer import MoeLinear, check_base_layer
 from .matching import check_saved_modules, check_trained_tokens, settle_patterns, warn_unmatched
 from .mixing import check_adapter_names, wrappers_told
-from .quantised import check_can_merge, is_quantised_linear, measured
+from .quantised import check_can_merge, measured
 from .routing import Router, RoutingContext, adapters_of
+from .targets import (
+    SEQUENCE_FIRST,
+    check_adapter_name,
+    linear_layers_in_blocks,
+    modules_outside_adapters,
+    warn_of_base_experts,
+)
 
-# Names in our own state-dict keys: an adapter called so would be taken for one of them when another adapter is saved.
-RESERVED = {"moelora_bank", "moelora_router", "gate", "embedding", "proj", "lora_A", "lora_B", "weight", "bias"}
-# Models whose layers see (seq, batch, hidden), or windows of the sequence before the batch.
-SEQUENCE_FIRST = {"chatglm", "fsmt", "led", "longformer", "transfo-xl", "xlnet"}
 # Methods that only some tuners have, and whose they are.
 METHODS = {
     **dict.fromkeys(("set_task", "task"), "MOELoRA, which is told tasks"),
@@ -117,18 +114,7 @@ class MoeTuner(BaseTuner):
                 Entry.install(model, method, self)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if not adapter_name or "." in adapter_name:
-            raise ValueError(
-                f"adapter_name={adapter_name!r} becomes a part of the names of tensors, between two dots; choose one "
-                "without a dot that is not empty."
-            )
-        # peft tells adapters' tensors apart by name, and would take those of such a module for this adapter's.
-        names = {part for key, _ in modules_outside_adapters(model) for part in key.split(".") if "moelora_" not in key}
-        if adapter_name in RESERVED | names or adapter_name.isdigit():
-            raise ValueError(
-                f"adapter_name={adapter_name!r} is also part of the names of modules, so that saving another adapter "
-                "would lose weights; choose a name that no module has."
-            )
+        check_adapter_name(adapter_name, model)
         config: Any = self.peft_config[adapter_name]
         if config.read_from is not None:  # its weights are loaded next, and peft would leave it in if that failed
             heads = [key for key, module in modules_outside_adapters(model) if any(True for _ in module.parameters())]
@@ -434,7 +420,7 @@ class MoeTuner(BaseTuner):
             if isinstance(layer, MoeLinear):
                 layer.check_mergeable(adapter_name)
 
-    def _check_all_mergeable(self, adapter_names: list[str] | None) -> None:
+    def _check_all_mergeable(self, adapter_names: list[str] | None, *, safe_merge: bool) -> None:
         """Raise a ValueError unless adapters, None for the active ones, can be merged into all of their layers."""
         names = self.known_adapters(adapter_names)
         for name in names:
@@ -442,6 +428,8 @@ class MoeTuner(BaseTuner):
         for key, layer in self.model.named_modules():
             if isinstance(layer, MoeLinear) and any(name in layer.moelora_bank for name in names):
                 check_can_merge(layer, key)
+                if safe_merge:  # peft looks at each merged weight, when those before it are merged
+                    layer.check_finite(names)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As in peft; into quantised weights with a warning of what was measured to be lost.
@@ -450,7 +438,7 @@ class MoeTuner(BaseTuner):
             ValueError: what an adapter adds depends on the input and was not calibrated, or a quantised layer cannot be
                 merged into; nothing is merged then.
         """
-        self._check_all_mergeable(adapter_names)
+        self._check_all_mergeable(adapter_names, safe_merge=safe_merge)
         with measured(self.context):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -462,7 +450,7 @@ class MoeTuner(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._check_all_mergeable(adapter_names)
+            self._check_all_mergeable(adapter_names, safe_merge=safe_merge)
         with measured(self.context):
             unloaded = super()._unload_and_optionally_merge(
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
@@ -482,45 +470,6 @@ def take_out(model: PeftModel, adapter_name: str) -> None:
     tuner = cast(MoeTuner, model.base_model)
     for name, parameter in tuner.unload().named_parameters():
         parameter.requires_grad_(name in tuner.trained_before)
-
-
-def warn_of_base_experts(model: nn.Module) -> None:
-    """Say that the experts of a mixture-of-experts base model are not adapted, if it has them as fused parameters."""
-    fused = [
-        key
-        for key, module in modules_outside_adapters(model)
-        if key.endswith("experts") and any(p.dim() == 3 for p in module.parameters(recurse=False))
-    ]
-    if fused:
-        warnings.warn(
-            "The base model has experts of its own whose weights are fused parameters and no linear layers, such "
-            f"as {fused[0]!r}. They are not adapted, only the linear layers beside them "
-            "are; to put LoRA on them, use peft's LoraConfig(target_parameters=[...]).",
-            UserWarning,
-            stacklevel=2,
-        )
-
-
-def linear_layers_in_blocks(model: nn.Module) -> set[str]:
-    """Name endings of the linear layers in a model's repeated blocks, which the paper adapts; no pooler, no head."""
-    bases = {k: m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for k, m in modules_outside_adapters(model)}
-    linear = (key for key, base in bases.items() if isinstance(base, (nn.Linear, Conv1D)) or is_quantised_linear(base))
-    # a base model's own router is a linear layer in some, and not called like one
-    left_out = (IN_BASE_EXPERTS, re.compile(r"(^|\.)router(\.|$)"))
-    chosen = {key for key in linear if re.search(r"\.\d+\.", f".{key}") and not any(r.search(key) for r in left_out)}
-    if not chosen:
-        raise ValueError("No linear layers in repeated blocks were found in the model; give target_modules.")
-    return _find_minimal_target_modules(chosen, bases.keys() - chosen)
-
-
-def modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules of a model without the parts of layers that are adapted already."""
-    inside: tuple[str, ...] = ()
-    for key, module in model.named_modules():
-        if key and not (inside and key.startswith(inside)):
-            yield key, module
-            if isinstance(module, BaseTunerLayer):
-                inside += (f"{key}.",)
 
 
 def _welcome_peft_model(parent: nn.Module, name: str, child: nn.Module | None) -> None:

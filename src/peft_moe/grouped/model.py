@@ -26,8 +26,9 @@ from ..routing import (
     plain,
 )
 from ..schedule import layer_of
+from ..targets import SEQUENCE_FIRST, modules_outside_adapters
 from ..token_routed import OF_ENCODER
-from ..tuner import SEQUENCE_FIRST, MoeTuner, modules_outside_adapters
+from ..tuner import MoeTuner
 from .config import GroupedMoeConfig
 from .explain import Explanation
 from .fit import check_expert
