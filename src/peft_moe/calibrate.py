@@ -209,7 +209,8 @@ def _check_arguments(method: str, rank: int | None, damping: float | None, max_m
         raise ValueError(f"method={method!r} is not known; use one of {list(get_args(Method))}.")
     if rank is not None:
         check_count("rank", rank, "the rank of the stand-ins")
-    check_count("max_memory", max_memory, "a number of bytes")
+    if isinstance(max_memory, bool) or not isinstance(max_memory, int) or max_memory < 1:
+        raise ValueError(f"max_memory={max_memory!r} is a number of bytes; give a whole number from 1.")
     number = isinstance(damping, (int, float)) and not isinstance(damping, bool)
     if damping is not None and not (number and 0 < damping < float("inf")):
         raise ValueError(f"damping={damping!r}; use a number above 0, such as 0.01, or None.")
