@@ -348,8 +348,8 @@ BATCHES = {
         lambda b: b.by_prompt(**INPUTS, prompt_mask=torch.eye(3, 5).bool() & (torch.arange(3) < 2).unsqueeze(1)),
         "prompt_mask leaves a row without a prompt; mark at least one token",
     ),
-    "adapters by row": Row(
-        lambda b: b.molora(**INPUTS, adapter_names=["default"] * 3), "mix adapters are not supported by MoLoraModel"
+    "too few adapters by row": Row(
+        lambda b: b.molora(**INPUTS, adapter_names=["default"] * 2), "same as the number of inputs, but got 2 and 3"
     ),
 }
 
@@ -411,7 +411,7 @@ CALLS = {
     ),
     "to merge what tokens choose": Row(lambda b: b.molora.merge_adapter(), "chooses experts for each token"),
     "to unload what tokens choose": Row(
-        lambda b: b.medmoe.merge_and_unload(), "keep it as an adapter, or train MOELoRA"
+        lambda b: b.medmoe.merge_and_unload(), r"keep it as an adapter, or let peft_moe\.calibrate"
     ),
     "to merge an unknown adapter of groups": Row(lambda b: b.at_moe.merge_adapter(["other"]), "no adapter 'other'"),
     "to merge what the input decides": Row(

@@ -160,8 +160,8 @@ def test_unusual_adapter_names_are_as_in_stock_lora(kind, adapter_name, tmp_path
             model.save_pretrained(tmp_path / kind)
             loaded = PeftModel.from_pretrained(base_of("llama"), tmp_path / kind / adapter_name)
             return torch.equal(out(loaded), out(model))
-        except KeyError as error:  # torch's, for a dot
-            return str(error)
+        except (KeyError, ValueError):  # for a dot: torch's KeyError, or ours, which says what to do
+            return "refused"
 
     assert attempt(kind) == attempt(STOCK)
 
@@ -500,7 +500,7 @@ def test_a_broken_adapter_is_not_merged_if_that_is_to_be_checked(kind):
 def test_an_adapter_that_reads_its_input_is_not_merged_in_part(kind, how):
     model = adapted(kind, **({} if kind == TRAINED else {"target_modules": ["q_proj", "up_proj"]}))
     before, expected = copy_of(model), out(model)
-    with pytest.raises(ValueError, match="Adapter 'default' .*cannot be merged"):
+    with pytest.raises(ValueError, match=r"Adapter 'default' .*peft_moe\.calibrate\(model, batches\)"):
         getattr(model, how)()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert torch.equal(out(model), expected)

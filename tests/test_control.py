@@ -996,7 +996,7 @@ def test_adapters_with_tasks_are_not_fixed(tmp_path):
 def test_stock_loras_have_no_weights_to_fix(tmp_path):
     stock = get_peft_model(make_model("llama"), LoraConfig(target_modules=["q_proj"], task_type=TASK_TYPES["llama"]))
     assert not hasattr(stock, "set_group_weights")
-    with pytest.raises(ValueError, match="GROUPEDMOE adapters with fixed weights"):
+    with pytest.raises(ValueError, match="is a LORA adapter; fold takes adapters of peft_moe"):
         fold(stock, tmp_path / "f", routing=FIXED)
 
 

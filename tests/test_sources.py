@@ -721,7 +721,7 @@ REFUSED = [
     ({**FULL, "alpha_pattern": {"q_proj": 4}}, r"leave the \*_pattern fields out"),
     ({**FULL, "num_experts_pattern": {"q_proj": 4}}, r"leave the \*_pattern fields out"),
     ({**FULL, "expert_order": ["g/x", "g/z"]}, r"expert_order=\['g/x', 'g/z'\] does not have the names"),
-    ({**FULL, "bias": "all"}, r"bias='all': biases cannot be given to one expert"),
+    ({**FULL, "bias": "everything"}, r"bias='everything' is not known"),
     ({**FULL, "lora_dropout": 0.1}, r"lora_dropout=0.1 drops inputs of experts in training, and these are frozen"),
     ({**FULL, "lora_dropout": 1.0}, r"lora_dropout=1.0 is a probability"),
     ({**FULL, "group_weights": {"weights": {"h": 1.0}}}, r"'h' is no group; there are \['g'\]"),

@@ -72,5 +72,5 @@ def refuse_mixed_tasks(
 
 
 def _length(values: Any) -> int:
-    """Entries of a list, array or tensor; 1 for a single number."""
-    return 1 if getattr(values, "ndim", 1) == 0 else len(values)
+    """Entries of a list, array or tensor; 1 for a single number, and for what is no task id at all."""
+    return 1 if getattr(values, "ndim", 1) == 0 or not hasattr(values, "__len__") else len(values)
