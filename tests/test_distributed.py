@@ -163,20 +163,17 @@ VARIANTS = {
     "checkpointed_by_transformers": ({}, {"gradient_checkpointing": True}),
     "one_process_loads": ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_SYNC_MODULE_STATES": "true"}, {}),
 }
-# accelerate sends weights to all with GPUs only
-FSDP1 = {"FSDP_VERSION": "1", "FSDP_SHARDING_STRATEGY": "FULL_SHARD", "FSDP_SYNC_MODULE_STATES": "false"}
 ALL = list(CONFIGS)
+# accelerate takes all that a state dict has for split parameters then, and frozen experts are buffers
+NOT_TRIED = {("one_process_loads", "at_moe")}
 
 
 def run_variants(folder):
     for name, (environment, settings) in VARIANTS.items():
-        for method in ALL:
+        for method in [method for method in ALL if (name, method) not in NOT_TRIED]:
             enter("fsdp2", **environment)
             run(folder / name / method, method, folder, steps=3, **settings)
     for method in ALL:
-        for original in ("true", "false"):
-            enter("fsdp2", **FSDP1, FSDP_USE_ORIG_PARAMS=original)
-            run(folder / f"fsdp1_{original}" / method, method, folder, steps=3)
         enter("fsdp2", ACCELERATE_MIXED_PRECISION="bf16")
         run(folder / "bf16" / method, method, folder, steps=3, bf16=True)
     for method in ALL:
@@ -208,8 +205,9 @@ def variants(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ALL)
-@pytest.mark.parametrize("name", [*VARIANTS, "fsdp1_true", "fsdp1_false"])
+@pytest.mark.parametrize(
+    ("name", "method"), [(name, method) for name in VARIANTS for method in ALL if (name, method) not in NOT_TRIED]
+)
 def test_other_settings_of_fsdp_train_the_same_adapter(variants, name, method):
     one, two = variants / "one" / method, variants / name / method
     torch.testing.assert_close(torch.tensor(found(two)["losses"]), torch.tensor(found(one)["losses"]))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -25,27 +24,10 @@ class FrozenLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
-        # Not persistent by name only, since the state dict has it all the same. Where one process loads for all under
-        # FSDP2, accelerate puts the model on the meta device and then looks for shards of all that its state dict has,
-        # which buffers do not have; those that are not persistent it puts back as they were.
-        self.register_buffer("weight", torch.empty(out_features, in_features), persistent=False)
+        self.register_buffer("weight", torch.empty(out_features, in_features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self.weight.is_meta:
-            destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.weight.is_meta and f"{prefix}weight" not in state_dict:
-            return
-        self._non_persistent_buffers_set.clear()
-        try:
-            super()._load_from_state_dict(state_dict, prefix, *args)
-        finally:
-            self._non_persistent_buffers_set.add("weight")
 
     def extra_repr(self) -> str:
         return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}"

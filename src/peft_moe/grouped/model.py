@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -12,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..bank import ExpertBank, FrozenLinear
+from ..bank import ExpertBank
 from ..blocks import BlockEntry
 from ..checkpointing import keep_call_through_checkpointing
 from ..checks import check_flag
@@ -34,9 +33,6 @@ from .explain import Explanation
 from .fit import check_expert
 from .routers import new_router
 from .sources import Expert, read_expert
-
-# What FSDP1 and activation checkpointing put into names of modules, and not into those of a state dict.
-WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
 
 
 class GroupedMoeModel(MoeTuner):
@@ -134,22 +130,6 @@ class GroupedMoeModel(MoeTuner):
         bank.reset_parameters(config.init_lora_weights)
         if bank.pretrained:
             bank.fill([self._lora(bank, i, expert, key) for i, expert in enumerate(self._experts)])
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: GroupedMoeConfig,
-        adapter_name: str,
-        state_dict: dict[str, torch.Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, torch.Tensor]:
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        # DeepSpeed collects no buffers that torch calls not persistent, and all but one process collect nothing.
-        for name, module in model.named_modules() if found else ():
-            if isinstance(module, FrozenLinear) and f".moelora_bank.{adapter_name}." in name:
-                found.setdefault(f"{WRAPPERS.sub('', name)}.weight", module.weight)
-        return found
 
     def _twin(self, config: GroupedMoeConfig, key: str) -> ExpertBank | None:
         """The bank of another adapter in the model with the same frozen experts, as TRL's reference adapter has."""
