@@ -149,21 +149,3 @@ def test_a_bank_that_is_made_without_memory_keeps_what_is_not_saved():
     for bank in (empty, emptied):
         bank.load_state_dict(real.state_dict(), assign=True)
         torch.testing.assert_close(bank(x, weights), real(x, weights), rtol=1e-6, atol=1e-7)  # factors in float32
-
-
-def test_frozen_weights_are_in_the_state_dict_and_those_on_the_meta_device_are_not():
-    """There accelerate looks for a shard of all that a state dict has; a buffer has none."""
-    sizes = {"in_features": 5, "out_features": 6, "ranks": (2, 3), "scaling": 1.0, "frozen": True}
-    bank, other = ExpertBank(**sizes), ExpertBank(**sizes)
-    bank.reset_parameters(False)
-    saved = bank.state_dict()
-    assert saved.keys() == {"lora_A.weight", "lora_B.weight"}
-    assert not other.load_state_dict(saved).missing_keys
-    assert torch.equal(other.lora_B.weight, bank.lora_B.weight)
-    with pytest.raises(RuntimeError, match=r"Missing key.*lora_A.weight"):
-        other.load_state_dict({})
-    other.to("meta")
-    assert not other.state_dict()
-    other.load_state_dict({})
-    other.load_state_dict(saved, assign=True)
-    assert torch.equal(other.lora_A.weight, bank.lora_A.weight)
