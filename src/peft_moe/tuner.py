@@ -154,7 +154,7 @@ class MoeTuner(BaseTuner):
         self.check_routing(peft_config, keys)
         check_trained_tokens(peft_config, model, every)
         check_saved_modules(peft_config, list(every))
-        warn_unmatched(peft_config, keys, list(every))
+        warn_unmatched(peft_config, keys)
         settle_patterns(peft_config, keys)
 
     @abstractmethod
