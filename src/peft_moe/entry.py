@@ -47,10 +47,22 @@ class Entry:
 
     @classmethod
     def install(cls, owner: nn.Module, method: str, tuner: MoeTuner) -> None:
-        """Put an entry before `owner.method`, once."""
+        """Put an entry before `owner.method`, once.
+
+        transformers makes a tuner for each adapter that it adds, and takes none away. One of the same type that has the
+        same context takes its predecessor's entry, so that adding and deleting adapters does not pile them up.
+        """
         there = owner.__dict__.get(method)
-        if not (isinstance(there, cls) and there.tuner is tuner):
-            setattr(owner, method, cls(owner, method, tuner))
+        while isinstance(there, cls):
+            if there.tuner is tuner or there._serves(tuner):
+                there.tuner = tuner
+                return
+            there = there.replaced
+        setattr(owner, method, cls(owner, method, tuner))
+
+    def _serves(self, tuner: MoeTuner) -> bool:
+        alike = type(self.tuner) is type(tuner) and self.tuner.context is tuner.context
+        return alike and not self.tuner.in_peft_model
 
     @classmethod
     def remove(cls, owner: nn.Module, method: str) -> None:
