@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,7 +95,8 @@ class Entry:
         told: dict[str, Any] = {}
         first = self.method == "forward" and self.whole and not context.in_forward
         if first and batch is not None and not context.open:  # generate makes rows of its own
-            refuse_mixed_tasks(tuner, batch, self._named(args, kwargs), task_ids, training=training)
+            named = partial(self._named, args, kwargs)
+            refuse_mixed_tasks(tuner, batch, named, task_ids, training=training)
         if prompts and batch is not None:
             arguments = self._named(args, kwargs)
             if self.method == "generate" and not context.open:
