@@ -365,3 +365,23 @@ def test_tasks_of_several_active_ones_are_those_that_both_know(folder):
     assert not torch.allclose(by_name, logits(model, inputs, task_ids=0), atol=1e-5)  # the first of each
     model.base_model.set_adapter(["one", "two"])
     torch.testing.assert_close(logits(model, inputs, task_ids="icd"), logits(model, inputs, task_ids=0))
+
+
+@native_adapters
+@pytest.mark.parametrize("kind", ["molora", "at_moe"])
+def test_adding_and_deleting_through_transformers_does_not_slow_a_model_down(kind, folder):
+    native, inputs = make_model("llama").eval(), make_inputs("llama", labels=False)
+    native.add_adapter(config_of("molora", "llama", folder), "kept")
+    expected, first = logits(native, inputs), vars(native)["forward"]
+    for _ in range(3):
+        native.add_adapter(config_of(kind, "llama", folder), "passing")
+        native.set_adapter("kept")
+        native.delete_adapter("passing")
+    entries = []
+    entry = vars(native)["forward"]
+    while entry is not None:
+        entries.append(entry)
+        entry = entry.replaced
+    assert entries[-1] is first
+    assert len(entries) == (1 if kind == "molora" else 2)  # one for each type
+    assert torch.equal(logits(native, inputs), expected)

@@ -203,15 +203,10 @@ MODELS = {
     "modules that are not there": new(r"Target modules \{'nope'\} not found", target_modules=["nope"]),
     "a regex that matches none": new(r"Target modules \.\*nope not found", target_modules=r".*nope"),
     "no modules": new("Please check the values", target_modules=[]),
-    "one module that is not there": new(
-        r"target_modules \['nope'\] match nothing and have no effect",
-        RuntimeWarning,
-        target_modules=["q_proj", "nope"],
-    ),
     "all modules excluded": new("No modules were targeted", exclude_modules=TARGETS["llama"]),
     "no layer of such an index": new(r"'layers_to_transform': \[5\]", layers_to_transform=[5]),
-    "one layer of no such index": new(
-        r"layers_to_transform \[5\] match nothing", RuntimeWarning, layers_to_transform=[0, 5]
+    "experts of no module": new(
+        r"num_experts_pattern keys \['nope'\] match nothing", RuntimeWarning, num_experts_pattern={"nope": 4}
     ),
     "no list of layers of such a name": new("'layers_pattern': h", layers_to_transform=[0], layers_pattern="h"),
     "ranks of no module": new(

@@ -19,7 +19,7 @@ from broken_files import (
     set_field,
     to_pickle,
 )
-from helpers import logits
+from helpers import logits, routed_layers
 from peft import (
     AutoPeftModelForCausalLM,
     PeftConfig,
@@ -263,3 +263,14 @@ def test_deleting_an_adapter_that_is_not_active_leaves_the_others_frozen_or_trai
         assert any(before.values()) == trainable
         model.delete_adapter("second")
         assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+def test_a_new_adapter_made_of_a_config_that_was_read_survives_weights_that_do_not_fit(saved):
+    model = get_peft_model(make_model("llama"), MoeLoraConfig.from_pretrained(saved / "moelora", inference_mode=False))
+    before = logits(model, INPUTS)
+    weights = get_peft_model_state_dict(model)
+    weights.pop(next(iter(weights)))
+    with pytest.raises(ValueError, match="the file lacks 1 of them"):
+        set_peft_model_state_dict(model, weights)
+    assert torch.equal(logits(model, INPUTS), before)
+    assert routed_layers(model)

@@ -534,3 +534,14 @@ def test_groups_find_their_experts_again_after_saving_which_sorts_their_names(tm
     before, after = ([router.matches for _, router in m.base_model.routers()] for m in (model, loaded))
     for one, other in zip(before, after, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("config", [MoeLoraConfig, MoLoraConfig, MedMoeLoraConfig])
+def test_lists_for_models_of_many_kinds_are_no_reason_to_warn_or_refuse(config):
+    """Nor are they with stock LoRA; warnings are errors here."""
+    lists = {"target_modules": ["q_proj", "c_attn", "query"], "modules_to_save": ["lm_head", "wte", "embed_out"]}
+    fields = {"tasks": 2} if config is MoeLoraConfig else {}
+    model = get_peft_model(make_model("llama"), config(**lists, layers_to_transform=[0, 1, 2, 3], **fields))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert any("lm_head" in name for name in trained)
+    assert any("q_proj" in name for name in trained)

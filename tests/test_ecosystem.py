@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from datasets import Dataset
 from helpers import logits, routed
 from peft import PeftModel, get_peft_model
@@ -143,3 +144,10 @@ def test_smollm2_learns_answers_saves_folds_and_merges(smollm2, tmp_path):
         AutoModelForCausalLM.from_pretrained(smollm2), tmp_path / "adapter"
     ).merge_and_unload(task="rad")
     torch.testing.assert_close(logits(merged.eval(), prompt), expected["rad"], rtol=1e-3, atol=1e-3)
+
+
+def test_offloaded_weights_give_the_same_logits():
+    model, inputs = routed("llama"), make_inputs("llama", labels=False)
+    expected = logits(model, inputs, task_ids=["icd", "rad", "def"])
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(logits(model, inputs, task_ids=["icd", "rad", "def"]), expected)

@@ -9,6 +9,7 @@ from grouped_helpers import EXPERTS, grouped_config, make_lora
 from helpers import TARGETS, TASKS, config_for, logits
 from kinds import KINDS, config_of
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from tiny_models import TASK_TYPES, make_inputs, make_model
 
 from peft_moe import hotswap_adapter
@@ -218,3 +219,24 @@ def test_a_saved_config_of_a_swapped_adapter_is_the_new_ones(tmp_path):
     hotswap_adapter(model, saved(config_for("llama", tasks=["x", "y", "z"]), tmp_path / "2", seed=2))
     model.save_pretrained(tmp_path / "3")
     assert json.loads((tmp_path / "3" / "adapter_config.json").read_text())["tasks"] == ["x", "y", "z"]
+
+
+@pytest.mark.parametrize("how", ["cut off", "not finite", "no JSON"])
+def test_broken_files_are_refused_before_anything_is_written(how, tmp_path):
+    first, second = (saved(config_for("llama", default_task="rad"), tmp_path / str(seed), seed=seed) for seed in (1, 2))
+    model, inputs = fresh(first), make_inputs("llama")
+    file = second / "adapter_model.safetensors"
+    if how == "cut off":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif how == "not finite":
+        weights = load_file(file)
+        weights[sorted(weights)[-1]].fill_(float("nan"))
+        save_file(weights, file, metadata={"format": "pt"})
+    else:
+        (second / "adapter_config.json").write_text("{")
+    before, expected = state(model), logits(model, inputs)
+    message = {"cut off": "cannot be read .* cut off", "not finite": "NaN or infinite", "no JSON": "is no JSON"}[how]
+    with pytest.raises(ValueError, match=message):
+        hotswap_adapter(model, second)
+    assert unchanged(model, before)
+    assert torch.equal(logits(model, inputs), expected)

@@ -357,3 +357,15 @@ def test_a_model_without_task_type_takes_them_too(folder):
     close(logits(model, inputs, adapter_names=NAMES), alone)
     generated = model.generate(**inputs, adapter_names=NAMES, **GREEDY)
     assert torch.equal(generated, torch.cat(each_alone(model, inputs, lambda **row: model.generate(**row, **GREEDY))))
+
+
+def test_packed_rows_are_refused_for_the_adapters_that_rows_have_and_not_for_the_active_one(folder):
+    model = get_peft_model(make_model("llama"), config_of("moelora", "llama", folder, default_task=None), "one")
+    model.add_adapter("two", config_of("moelora", "llama", folder, other=True))  # with a default
+    inputs = make_inputs("llama", batch=2, seq=6, labels=False) | {
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
+    }
+    model.eval()
+    logits(model, inputs, adapter_names=["two", "__base__"])
+    with pytest.raises(ValueError, match="packed one after the other, and that mixes tasks"):
+        logits(model, inputs, adapter_names=["two", "one"])

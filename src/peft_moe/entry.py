@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,10 +48,22 @@ class Entry:
 
     @classmethod
     def install(cls, owner: nn.Module, method: str, tuner: MoeTuner) -> None:
-        """Put an entry before `owner.method`, once."""
+        """Put an entry before `owner.method`, once.
+
+        transformers makes a tuner for each adapter that it adds, and takes none away. One of the same type that has the
+        same context takes its predecessor's entry, so that adding and deleting adapters does not pile them up.
+        """
         there = owner.__dict__.get(method)
-        if not (isinstance(there, cls) and there.tuner is tuner):
-            setattr(owner, method, cls(owner, method, tuner))
+        while isinstance(there, cls):
+            if there.tuner is tuner or there._serves(tuner):
+                there.tuner = tuner
+                return
+            there = there.replaced
+        setattr(owner, method, cls(owner, method, tuner))
+
+    def _serves(self, tuner: MoeTuner) -> bool:
+        alike = type(self.tuner) is type(tuner) and self.tuner.context is tuner.context
+        return alike and not self.tuner.in_peft_model
 
     @classmethod
     def remove(cls, owner: nn.Module, method: str) -> None:
@@ -82,7 +95,8 @@ class Entry:
         told: dict[str, Any] = {}
         first = self.method == "forward" and self.whole and not context.in_forward
         if first and batch is not None and not context.open:  # generate makes rows of its own
-            refuse_mixed_tasks(tuner, batch, self._named(args, kwargs), task_ids, training=training)
+            named = partial(self._named, args, kwargs)
+            refuse_mixed_tasks(tuner, batch, named, task_ids, training=training)
         if prompts and batch is not None:
             arguments = self._named(args, kwargs)
             if self.method == "generate" and not context.open:

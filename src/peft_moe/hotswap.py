@@ -9,12 +9,13 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import load_peft_weights
 from torch import nn
 
 from .bank import ExpertBank
 from .config import MoeConfig
+from .directory import read_config
 from .grouped.config import GroupedMoeConfig
+from .integrity import read_weights
 from .layer import MoeLinear
 from .token_routed import TokenRoutedTuner
 from .tuner import MoeTuner
@@ -60,8 +61,9 @@ def hotswap_adapter(
         hub_kwargs: for a Hub id: `revision`, `token`, `subfolder`, `cache_dir`.
 
     Raises:
-        ValueError: adapters of different types, layers, ranks, scalings or routing; a merged adapter; a task chosen
-            with `set_task` that the new one does not know. The model is then as before.
+        ValueError: adapters of different types, layers, ranks, scalings or routing; files that are broken, or hold
+            numbers that are not finite; a merged adapter; a task chosen with `set_task` that the new one does not know.
+            The model is then as before.
         TypeError: not a `PeftModel` with one of our adapters.
 
     Example:
@@ -83,15 +85,13 @@ def hotswap_adapter(
             f"Cannot hot-swap adapter {adapter_name!r} because it is merged into the base weights; call "
             "model.unmerge_adapter() first."
         )
-    config = PeftConfig.from_pretrained(str(model_name_or_path), **hub_kwargs)
+    config: Any = read_config(model_name_or_path, **hub_kwargs)
     check_configs(old, config, str(model_name_or_path))
-    config = cast(Any, config)
     check_layers(tuner, config, adapter_name, str(model_name_or_path))
     tuner.context.check_choice(adapter_name, config)
-    control = None
-    if isinstance(config, GroupedMoeConfig) and config.group_weights is not None:
-        control = config.control(config.group_weights)
-    weights = load_peft_weights(str(model_name_or_path), device=torch_device or "cpu", **hub_kwargs)
+    of_groups = isinstance(config, GroupedMoeConfig) and config.group_weights is not None
+    control = config.control(config.group_weights) if of_groups else None
+    weights = read_weights(model_name_or_path, device=torch_device or "cpu", **hub_kwargs)
     places = get_peft_model_state_dict(
         peft_model, state_dict=saved_tensors(peft_model), adapter_name=adapter_name, save_embedding_layers=False
     )

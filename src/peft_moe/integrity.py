@@ -45,8 +45,8 @@ def check_weights_file(folder: str | Path, whole_modules: Iterable[str] = ()) ->
             raise ValueError(f"{path} lacks {module!r}, which the config names in modules_to_save; {FITS}.")
 
 
-def read_weights(source: str | Path, **hub_kwargs: Any) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter in a folder or on the Hub, on the CPU.
+def read_weights(source: str | Path, *, device: str = "cpu", **hub_kwargs: Any) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter in a folder or on the Hub, on a device.
 
     Raises:
         ValueError: they cannot be read, or are no finite numbers.
@@ -57,7 +57,7 @@ def read_weights(source: str | Path, **hub_kwargs: Any) -> dict[str, torch.Tenso
         raise FileNotFoundError(f"There is no {SAFETENSORS_WEIGHTS_NAME} in {folder}; give the folder of an adapter.")
     check_weights_file(folder)
     try:
-        found: dict[str, torch.Tensor] = load_peft_weights(str(source), device="cpu", **hub_kwargs)
+        found: dict[str, torch.Tensor] = load_peft_weights(str(source), device=device, **hub_kwargs)
     except UNREADABLE as error:
         raise _unreadable(Path(source), error) from None
     where = f"The adapter {str(source)!r}"

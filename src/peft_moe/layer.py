@@ -130,7 +130,7 @@ class MoeLinear(nn.Module, BaseTunerLayer):
             if adapter in self.moelora_bank:
                 bank = self._bank(adapter)
                 x = self._cast_input_dtype(x, bank.lora_A.weight.dtype)
-                result = result + bank(x, self._weights(adapter, x, self.context.view(adapter)))
+                result = result + bank(x, self._weights(adapter, x))
         return result.to(dtype)
 
     def _add_to_rows(self, result: torch.Tensor, x: torch.Tensor, adapters: Iterable[str]) -> torch.Tensor:
@@ -157,10 +157,11 @@ class MoeLinear(nn.Module, BaseTunerLayer):
     def _bank(self, adapter: str) -> ExpertBank:
         return cast(ExpertBank, self.moelora_bank[adapter])
 
-    def _weights(self, adapter: str, x: torch.Tensor, view: View) -> torch.Tensor | None:
+    def _weights(self, adapter: str, x: torch.Tensor, view: View | None = None) -> torch.Tensor | None:
         router, bank = self.router_of(adapter), self._bank(adapter)
         if router is None:
             return None
+        view = view or self.context.view(adapter)
         weights: torch.Tensor = router(x, view)
         if bank.num_anchored and self.training and view.ledger is not None:
             weights = view.ledger.charge(f"{adapter}.base", bank.anchor_coefficient, bank.anchor_loss(), weights)

@@ -10,7 +10,6 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from .config import MoeConfig
-from .schedule import layer_of
 
 # What peft itself adds to `modules_to_save`, by task type: a model has one of them.
 HEADS = {
@@ -20,28 +19,15 @@ HEADS = {
 }
 
 
-def warn_unmatched(config: MoeConfig, keys: Sequence[str], every: Sequence[str]) -> None:
-    """Warn of what a config names and the model does not have, as peft does for `rank_pattern`.
+def warn_unmatched(config: MoeConfig, keys: Sequence[str]) -> None:
+    """Warn of keys of `num_experts_pattern` that match none of the targeted modules, as peft does for `rank_pattern`.
 
-    Args:
-        config: the config.
-        keys: names of the targeted modules.
-        every: names of all modules; targets that other fields leave out are meant to be.
+    Not of `target_modules` and `layers_to_transform`: people have one list for models of many kinds.
     """
-    targets: set[str] = config.target_modules if isinstance(config.target_modules, set) else set()
-    layers = config.layers_to_transform
-    layers = [layers] if isinstance(layers, int) else layers or []
-    found = {layer[1] for layer in map(layer_of, keys) if layer}
-    unmatched = {
-        "num_experts_pattern keys": [
-            p for p in config.num_experts_pattern or () if not any(get_pattern_key([p], key) == p for key in keys)
-        ],
-        "target_modules": sorted(t for t in targets if not any(k == t or k.endswith(f".{t}") for k in every)),
-        "layers_to_transform": [layer for layer in layers if layer not in found],
-    }
-    for what, names in unmatched.items():
-        if names and keys:  # with none at all, peft raises an error
-            warnings.warn(f"{what} {names} match nothing and have no effect.", RuntimeWarning, stacklevel=2)
+    unmatched = [p for p in config.num_experts_pattern if not any(get_pattern_key([p], key) == p for key in keys)]
+    if unmatched and keys:  # with none at all, peft raises an error
+        message = f"num_experts_pattern keys {unmatched} match nothing and have no effect."
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def settle_patterns(config: MoeConfig, keys: Sequence[str]) -> None:
@@ -75,14 +61,16 @@ def _sorted_values(pattern: Mapping[str, float], keys: Sequence[str]) -> dict[st
 
 
 def check_saved_modules(config: MoeConfig, keys: Sequence[str]) -> None:
-    """Raise a ValueError if a module to be trained whole is not in the model; peft would train nothing then."""
-    added = HEADS.get(str(config.task_type), set())
-    for name in set(config.modules_to_save or ()) - added:
-        if not any(key.endswith(name) for key in keys):
-            raise ValueError(
-                f"modules_to_save={config.modules_to_save!r}: no module of the model is called {name!r}, so that "
-                "nothing would be trained and saved for it; correct the name, or leave it out."
-            )
+    """Raise a ValueError if no module that is to be trained whole is in the model; peft would train nothing then.
+
+    Some may be missing, as in lists for models of many kinds.
+    """
+    names = set(config.modules_to_save or ()) - HEADS.get(str(config.task_type), set())
+    if names and not any(key.endswith(name) for name in names for key in keys):
+        raise ValueError(
+            f"modules_to_save={config.modules_to_save!r}: no module of the model is called {sorted(names)[0]!r}, so "
+            "that nothing would be trained and saved for it; correct the name, or leave it out."
+        )
 
 
 def check_trained_tokens(config: MoeConfig, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

@@ -5,7 +5,7 @@ Shapes: n rows · s tokens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,16 +44,17 @@ def refuse_packing(batch: Batch, arguments: Mapping[str, Any], why: str) -> None
 
 
 def refuse_mixed_tasks(
-    tuner: MoeTuner, batch: Batch, arguments: Mapping[str, Any], task_ids: Any, *, training: bool
+    tuner: MoeTuner, batch: Batch, arguments: Callable[[], Mapping[str, Any]], task_ids: Any, *, training: bool
 ) -> None:
     """Raise a ValueError if rows hold several texts and it is not known that each row is of one task.
 
     It is if the call has a task per row or one for all, or one was chosen with `set_task`. `default_task` is what rows
-    without a task get, and says nothing about texts that may have lost theirs on the way.
+    without a task get, and says nothing about texts that may have lost theirs on the way. The call's arguments by name
+    are asked for only if need be.
     """
     if torch.compiler.is_compiling():
         return
-    active = tuner.active_adapters if tuner.adapters_enabled else []
+    active = tuner.present
     if task_ids is None:
         lacking = tuner.context.may_lack_task(active, default_is_enough=not training)
         known = not lacking or not tuner.routes_by_task(active)
@@ -64,7 +65,7 @@ def refuse_mixed_tasks(
     if not known:
         refuse_packing(
             batch,
-            arguments,
+            arguments(),
             f"that mixes tasks within a row, which has one task for all its tokens ({found}). Turn off packing and "
             "padding-free batches; if all texts are of one task, choose it with model.set_task(...). Adapters that "
             "route by tokens can be trained on packed rows.",

@@ -125,6 +125,7 @@ class MoeTuner(BaseTuner):
         self.trained_before = [name for name, p in model.named_parameters() if p.requires_grad]
         others = [(p, p.requires_grad) for p in self.moelora_router.parameters()]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self.context.used = False
         self._move_adapter_to_device_of_base_layer(adapter_name)
         config = self.peft_config[adapter_name]
         self.context.know(adapter_name, config)
@@ -154,7 +155,7 @@ class MoeTuner(BaseTuner):
         self.check_routing(peft_config, keys)
         check_trained_tokens(peft_config, model, every)
         check_saved_modules(peft_config, list(every))
-        warn_unmatched(peft_config, keys, list(every))
+        warn_unmatched(peft_config, keys)
         settle_patterns(peft_config, keys)
 
     @abstractmethod
@@ -464,10 +465,12 @@ class MoeTuner(BaseTuner):
 
 def take_out(model: PeftModel, adapter_name: str) -> None:
     """Leave the model as it was before an adapter was put in whose weights could not be loaded."""
+    tuner = cast(MoeTuner, model.base_model)
+    if tuner.context.used:  # a config that was read can also be that of a new adapter, which may be trained by now
+        return
     if list(model.peft_config) != [adapter_name]:
         model.delete_adapter(adapter_name)
         return
-    tuner = cast(MoeTuner, model.base_model)
     for name, parameter in tuner.unload().named_parameters():
         parameter.requires_grad_(name in tuner.trained_before)
 

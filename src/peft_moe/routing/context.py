@@ -44,6 +44,7 @@ class RoutingContext:
         self._chosen_ids: dict[str, torch.Tensor] = {}
         self._call = Call()
         self._depth = 0
+        self.used = False  # whether there was a call since the last adapter came
         self._warned = False
         self.outside = OutsideScale()
         self.last_ledger: Ledger | None = None
@@ -147,7 +148,7 @@ class RoutingContext:
             ValueError: unknown tasks, another number of ids than rows, ids of another task than the one merged.
         """
         with nullcontext() if torch.compiler.is_compiling() else self._turn:
-            outermost, before = self._depth == 0, self._call
+            outermost, before, self.used = self._depth == 0, self._call, True
             if outermost or task_ids is not None:
                 ledger = self._new_ledger(training) if outermost else before.ledger
                 if not outermost:

@@ -34,7 +34,8 @@ class TaskGate(nn.Module):
 
     def forward(self, tasks: torch.Tensor) -> torch.Tensor:
         """tasks: ids (n,), or (n, k) padded with -1. Returns scores (n, E) in float32 or wider."""
-        tasks = tasks.to(self.embedding.weight.device)
+        if not self.embedding.weight.is_meta:  # as between calls where accelerate offloads it, whose hooks move inputs
+            tasks = tasks.to(self.embedding.weight.device)
         # Autocast would round the scores to half precision, and folding or merging outside of it would then differ.
         with torch.autocast(tasks.device.type, enabled=False):
             if tasks.dim() == 1:
