@@ -81,7 +81,9 @@ EXPLAINED: list[tuple[str, str, str]] = [
 
 # Tests that peft runs for stock LoRA and skips for us, since it asks for that class, and what holds the matter here.
 GATED = {
-    "test_weighted_combination_of_adapters": "`add_weighted_adapter` says what to do instead (`tests/test_adapters.py`)",
+    "test_weighted_combination_of_adapters": (
+        "`add_weighted_adapter` says what to do instead (`tests/test_adapters.py`)"
+    ),
 }
 
 Rows = list[dict[str, Any]]
