@@ -82,7 +82,7 @@ def _compose(arguments: argparse.Namespace) -> None:
 
 
 def _fold(arguments: argparse.Namespace) -> None:
-    """Write an adapter under a task or fixed weights as a stock LoRA that peft and servers load without peft_moe."""
+    """Write an adapter as a stock LoRA: for a task, with fixed weights, or as what comes closest to it over data."""
     from . import GroupedMoeConfig, MoeConfig
     from .directory import read_config
     from .fold import fold

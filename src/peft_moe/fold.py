@@ -62,6 +62,9 @@ def fold(
     and one alpha only). Modules in `modules_to_save`, trained token embeddings and biases come along if the adapter has
     them; vLLM and llama.cpp do not take those.
 
+    An adapter whose experts are chosen by the input is folded from a model for which `calibrate` was called; the card
+    then has the errors.
+
     Args:
         source: a model with the adapter, or a directory or Hub id to read it from; the base model is not needed.
         out_dir: where to write; made if missing.
@@ -72,9 +75,6 @@ def fold(
         adapter_name: which adapter of a model; None for the active one.
         overwrite: replace the adapter and README.md that are in `out_dir`.
         hub_kwargs: for a Hub id: `revision`, `token`, `subfolder`, `cache_dir`.
-
-    An adapter whose experts are chosen by the input is folded from a model for which `calibrate` was called; the card
-    then has the errors.
 
     Returns:
         `out_dir`.
