@@ -1,7 +1,7 @@
 """How close a stock LoRA comes to adapters whose experts are chosen by the input, by method and compression.
 
     python scripts/get_model.py
-    python scripts/train.py recipes/medmoelora.yaml
+    python scripts/train.py recipes/medmoelora.yaml --max_rows_per_task 125
     python scripts/train.py recipes/molora.yaml --max_rows_per_task 125
     python scripts/bench/folding.py outputs/medmoelora outputs/molora outputs/at_moe --output docs/folding.json
 

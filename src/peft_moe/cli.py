@@ -25,9 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="peft-moe", description="Work with mixture-of-LoRA-experts adapters.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     fold = commands.add_parser("fold", help="write tasks of an adapter as stock LoRAs", description=_fold.__doc__)
-    fold.add_argument(
-        "adapter", metavar="ADAPTER", help="directory or Hub id of the adapter; the base model is not loaded"
-    )
+    fold.add_argument("adapter", metavar="ADAPTER", help="directory or Hub id of the adapter")
     which = fold.add_mutually_exclusive_group()
     which.add_argument("--task", help="MOELoRA: name or id of the task")
     which.add_argument("--all-tasks", action="store_true", help="MOELoRA: every task, each into OUT/TASK")

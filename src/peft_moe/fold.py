@@ -38,6 +38,11 @@ from .moelora.model import weights_of_task
 from .routing import Control
 from .routing.tasks import Task
 
+# What a LoRA is that was made by each method of `calibrate`.
+STAND_INS = {
+    "least_squares": "what comes closest to the adapter",
+    "mean_gate": "the adapter with the mean weight of each expert",
+}
 # Fields that mean the same in a stock LoRA.
 CARRIED = (
     "task_type", "base_model_name_or_path", "revision", "target_modules", "exclude_modules", "layers_to_transform",
@@ -177,7 +182,7 @@ def _stand_ins(adapter: Adapter) -> tuple[Banks, How]:
     how = How(
         f"LoRA in place of a {name} adapter",
         f"A {name} adapter, whose experts are chosen by the input",
-        "It comes as close to the adapter as a LoRA of its rank does over the calibration data, and is not the same",
+        f"It is {STAND_INS[adapter.calibration.method]} over the calibration data, and not the same",
         errors_section(adapter.calibration),
     )
     return banks, how

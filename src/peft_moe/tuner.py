@@ -44,6 +44,7 @@ METHODS = {
     ),
     **dict.fromkeys(("set_group_weights", "routing", "explain"), "AT-MoE, which weighs named groups"),
 }
+CHECKPOINTED = "_checkpoint_wrapped_module."
 # Their output projection hands its weight to a fused kernel and is never called.
 MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 
@@ -315,9 +316,12 @@ class MoeTuner(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
+        # FSDP's activation checkpointing puts a wrapper into names of modules and takes it out of those in a state dict
+        names = {name.replace(CHECKPOINTED, ""): name for name in names_of_tensors(model) if CHECKPOINTED in name}
+        state_dict = {names.get(key, key): tensor for key, tensor in state_dict.items()} if names else state_dict
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         check_gathered(found, adapter_name)
-        return found
+        return {key.replace(CHECKPOINTED, ""): tensor for key, tensor in found.items()} if names else found
 
     # calls
 
