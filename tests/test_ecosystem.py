@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from datasets import Dataset
+from grouped_helpers import grouped
 from helpers import logits, routed
 from peft import PeftModel, get_peft_model
 from tiny_models import make_inputs
@@ -151,3 +152,11 @@ def test_offloaded_weights_give_the_same_logits():
     expected = logits(model, inputs, task_ids=["icd", "rad", "def"])
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert torch.equal(logits(model, inputs, task_ids=["icd", "rad", "def"]), expected)
+
+
+@pytest.mark.parametrize("router_input", ["token", "prompt"])
+def test_offloaded_routers_of_blocks_give_the_same_logits(router_input, tmp_path):
+    model, inputs = grouped("llama", tmp_path, router_input=router_input), make_inputs("llama", labels=False)
+    expected = logits(model, inputs)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(logits(model, inputs), expected)

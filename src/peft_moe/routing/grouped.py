@@ -133,7 +133,8 @@ class GroupedRouter(nn.Module):
         return (control or self._free).free_choices(static_experts=self.gate.static)
 
     def _weights(self, e: torch.Tensor, view: View) -> torch.Tensor:
-        e = e.to(self.gate.device)  # where a model is spread over devices, the block moves its input later
+        if self.gate.device.type != "meta":  # where accelerate offloads the gate, whose hooks move inputs
+            e = e.to(self.gate.device)  # where a model is spread over devices, the block moves its input later
         if e.shape[-1] != self.gate.in_features:
             raise ValueError(
                 f"A block is entered by {e.shape[-1]} features, and its router, made for the block's first linear "
