@@ -303,7 +303,7 @@ class MoeLinear(nn.Module, BaseTunerLayer):
             self.context.requantised.setdefault(self.quantization_backend.backend_name, []).append(loss)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True  # where it does not, `get_delta_weight` says what to do, and peft would not
+        return adapter_name in self.stand_ins or not self.reads_input(adapter_name)
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
