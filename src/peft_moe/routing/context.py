@@ -344,7 +344,9 @@ class RoutingContext:
         return Call(task_ids, found, batch, controls=dict(self.controls), parts=parts)
 
     def _check_rows(self, ids: torch.Tensor, batch: Batch | None) -> None:
-        if batch is not None and ids.shape[0] not in (1, batch.rows):
+        n = ids.shape[0]
+        # compared one by one: torch.compile does not find a size that varies in a tuple
+        if batch is not None and n != 1 and n != batch.rows:
             raise ValueError(
                 f"task_ids has {ids.shape[0]} entries and the batch has {batch.rows} rows; "
                 "give one task per row, or one for all."
