@@ -133,7 +133,7 @@ class GroupedRouter(nn.Module):
         return (control or self._free).free_choices(static_experts=self.gate.static)
 
     def _weights(self, e: torch.Tensor, view: View) -> torch.Tensor:
-        if self.gate.device.type != "meta":  # where accelerate offloads the gate, whose hooks move inputs
+        if self.gate.device != torch.device("meta"):  # where accelerate offloads the gate, whose hooks move inputs
             e = e.to(self.gate.device)  # where a model is spread over devices, the block moves its input later
         if e.shape[-1] != self.gate.in_features:
             raise ValueError(
