@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from . import kernels
+
 
 class FrozenLinear(nn.Module):
     """A linear layer without bias whose weight is a buffer: saved and moved as a parameter is, and never trained.
@@ -74,6 +76,7 @@ class ExpertBank(nn.Module):
 
     expert_of_rank: torch.Tensor | None
     scaling: torch.Tensor | None
+    spread: torch.Tensor
 
     def __init__(
         self,
@@ -106,6 +109,8 @@ class ExpertBank(nn.Module):
             self.lora_B = nn.Linear(sum(ranks), out_features, bias=False)
         self.register_buffer("expert_of_rank", None, persistent=False)  # where ranks differ
         self.register_buffer("scaling", None, persistent=False)  # where factors differ
+        # (E, R) for kernels: the scaling of the expert that a rank belongs to, 0 for the others
+        self.register_buffer("spread", None, persistent=False)
         self._set_constants()
 
     def _set_constants(self) -> None:
@@ -116,6 +121,8 @@ class ExpertBank(nn.Module):
             self.expert_of_rank = torch.tensor(index, device=device)
         if len(set(self.factors)) > 1:
             self.scaling = torch.tensor(self.factors, device=device)
+        pairs = zip(self.ranks, self.factors, strict=True)
+        self.spread = torch.block_diag(*(torch.full((1, rank), float(factor), device=device) for rank, factor in pairs))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ExpertBank:
         super()._apply(fn, recurse)
@@ -163,6 +170,11 @@ class ExpertBank(nn.Module):
         self.lora_A.weight.fill_(math.nan)
         self.lora_B.weight.fill_(math.nan)
 
+    def check_weights(self) -> None:
+        """Raise a RuntimeError if its weights should have come from elsewhere and have not."""
+        if self._awaits_weights and not torch.compiler.is_compiling():
+            self._check_weights()
+
     def _check_weights(self) -> None:
         self._awaits_weights = False  # looked at once: looking waits for the device
         if self.lora_A.weight.isnan().any() or self.lora_B.weight.isnan().any():
@@ -183,8 +195,7 @@ class ExpertBank(nn.Module):
         Returns:
             (..., out)
         """
-        if self._awaits_weights and not torch.compiler.is_compiling():
-            self._check_weights()
+        self.check_weights()
         h = self.lora_A(self.dropout(x))  # (..., R)
         return self.lora_B(self._weigh(h, weights))  # weighed in rank space: one product out, not E
 
@@ -200,6 +211,13 @@ class ExpertBank(nn.Module):
     def scaled_weights(self, h: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """The scaled weight of the expert that each rank belongs to, (..., R) as h."""
         return self._weigh(torch.ones_like(h), weights)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether kernels may read its weights without calling it."""
+        linears, kinds = (self.lora_A, self.lora_B), (nn.Linear, FrozenLinear, GramLinear)
+        hooked = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        return not hooked and all(kernels.is_bare(linear, *kinds) for linear in linears)
 
     def anchor_loss(self) -> torch.Tensor:
         """`Σ_i ‖s_i B_i A_i‖²` (Frobenius) over the anchored experts, in float32: how far they are from zero."""

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from . import fused
 from .bank import ExpertBank
 from .quantised import Aside, backend_of, check_can_merge, is_quantised_linear, requantise, weight_of
 from .routing import Batch, GroupedRouter, Router, RoutingContext, TaskRouter, View
@@ -82,7 +83,7 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         kept = {}
         if adapter_name in self.moelora_router:
             kept["moelora_router"] = self.moelora_router[adapter_name]
-        if self._bank(adapter_name).pretrained:
+        if self.bank(adapter_name).pretrained:
             kept["moelora_bank"] = self.moelora_bank[adapter_name]
         for name in kept:
             del getattr(self, name)[adapter_name]
@@ -105,7 +106,7 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         """
         if adapter_name not in self.moelora_bank:
             return
-        bank = self._bank(adapter_name)
+        bank = self.bank(adapter_name)
         if bank.pretrained:
             dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
             if widen and bank.lora_A.weight.dtype in (torch.float16, torch.bfloat16):
@@ -118,19 +119,32 @@ class MoeLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return result
-        if self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
+            return cast(torch.Tensor, self.base_layer(x, *args, **kwargs))
+        adapters = [name for name in self.active_adapters if name in self.moelora_bank]
         if (parts := self.context.parts) is not None:
-            return self._add_to_rows(result, x, parts)
+            return self._add_to_rows(self.call_base(x, *args, **kwargs), x, parts)
+        if adapters and not (args or kwargs) and fused.can_run(self, x, adapters):
+            return fused.run(self, x, adapters)
+        return self.add(self.call_base(x, *args, **kwargs), x, adapters)
+
+    def call_base(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What the base layer makes of x."""
+        result: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        return (
+            result if self.quantization_backend is None else self.quantization_backend.maybe_clone_base_result(result)
+        )
+
+    def add(self, result: torch.Tensor, x: torch.Tensor, adapters: Sequence[str]) -> torch.Tensor:
+        """`result` (..., out) of the base layer and what adapters make of x (..., in), by calling their modules.
+
+        The reference for `kernels`, and what is compiled.
+        """
         dtype = result.dtype
-        for adapter in self.active_adapters:
-            if adapter in self.moelora_bank:
-                bank = self._bank(adapter)
-                x = self._cast_input_dtype(x, bank.lora_A.weight.dtype)
-                result = result + bank(x, self._weights(adapter, x))
+        for adapter in adapters:
+            bank = self.bank(adapter)
+            x = self._cast_input_dtype(x, bank.lora_A.weight.dtype)
+            result = result + bank(x, self.weights(adapter, x))
         return result.to(dtype)
 
     def _add_to_rows(self, result: torch.Tensor, x: torch.Tensor, adapters: Iterable[str]) -> torch.Tensor:
@@ -139,10 +153,14 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         for adapter in adapters:
             if adapter not in self.moelora_bank:
                 continue
-            bank, view = self._bank(adapter), self.context.view(adapter)
-            positions = view.positions_in(x)
-            own = self._cast_input_dtype(view.own(x), bank.lora_A.weight.dtype)
-            added = view.own(result) + bank(own, self._weights(adapter, own, view))
+            view = self.context.view(adapter)
+            positions, own, base = view.positions_in(x), view.own(x), view.own(result)
+            if fused.can_run(self, x, [adapter]):
+                added = fused.add(self, adapter, own, view, base, writable=positions is not None)
+            else:
+                bank = self.bank(adapter)
+                own = self._cast_input_dtype(own, bank.lora_A.weight.dtype)
+                added = base + bank(own, self.weights(adapter, own, view))
             if positions is None:
                 return added.to(result.dtype)
             mixed.index_copy_(0, positions, added.to(result.dtype))
@@ -154,15 +172,26 @@ class MoeLinear(nn.Module, BaseTunerLayer):
             return cast(Router, self.moelora_router[adapter_name])
         return self.shared_routers.get(adapter_name)
 
-    def _bank(self, adapter: str) -> ExpertBank:
+    def bank(self, adapter: str) -> ExpertBank:
+        """The bank of an adapter."""
         return cast(ExpertBank, self.moelora_bank[adapter])
 
-    def _weights(self, adapter: str, x: torch.Tensor, view: View | None = None) -> torch.Tensor | None:
-        router, bank = self.router_of(adapter), self._bank(adapter)
+    def weights(
+        self, adapter: str, x: torch.Tensor, view: View | None = None, product: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """What the router gives experts for x (..., in): (..., E), leading axes broadcast; None for a bank of one.
+
+        Args:
+            adapter: its name.
+            x: (..., in).
+            view: what the router sees of the call, if it is not all of it.
+            product: (..., E), x times the gate's weight, if it has been made.
+        """
+        router, bank = self.router_of(adapter), self.bank(adapter)
         if router is None:
             return None
         view = view or self.context.view(adapter)
-        weights: torch.Tensor = router(x, view)
+        weights: torch.Tensor = router(x, view) if product is None else router(x, view, product)
         if bank.num_anchored and self.training and view.ledger is not None:
             weights = view.ledger.charge(f"{adapter}.base", bank.anchor_coefficient, bank.anchor_loss(), weights)
         return weights
@@ -209,7 +238,7 @@ class MoeLinear(nn.Module, BaseTunerLayer):
 
     def fingerprint(self, adapter: str) -> int:
         """A number that changes with what an adapter does here."""
-        bank, router, control = self._bank(adapter), self.router_of(adapter), self.context.controls.get(adapter)
+        bank, router, control = self.bank(adapter), self.router_of(adapter), self.context.controls.get(adapter)
         tensors = [bank.lora_A.weight, bank.lora_B.weight, *(router.parameters() if router is not None else ())]
         return fingerprint(tensors if control is None else [*tensors, control.numbers()])
 
@@ -222,7 +251,7 @@ class MoeLinear(nn.Module, BaseTunerLayer):
     def folded(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A (r, in) and B (out, r) of the LoRA of scaling 1 that an adapter is here, or that stands in for it."""
         weights = self._merge_weights(adapter)
-        return weights[:2] if isinstance(weights, StandIn) else self._bank(adapter).folded(weights)
+        return weights[:2] if isinstance(weights, StandIn) else self.bank(adapter).folded(weights)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """What an adapter adds to the base weight, for the chosen task or fixed weights, in the base weight's shape.
@@ -236,7 +265,7 @@ class MoeLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _delta_weight(self, adapter: str, weights: torch.Tensor | StandIn | None) -> torch.Tensor:
-        bank = self._bank(adapter)
+        bank = self.bank(adapter)
         if isinstance(weights, StandIn):
             delta = weights.delta_weight().to(bank.lora_A.weight)
         else:
@@ -282,7 +311,7 @@ class MoeLinear(nn.Module, BaseTunerLayer):
     def check_finite(self, adapter_names: Sequence[str]) -> None:
         """Raise a ValueError if a weight of these adapters is NaN or infinite."""
         for name in set(adapter_names) & self.moelora_bank.keys():
-            bank = self._bank(name)
+            bank = self.bank(name)
             if not all(bool(torch.isfinite(weight).all()) for weight in (bank.lora_A.weight, bank.lora_B.weight)):
                 raise broken(name)
 

@@ -107,9 +107,13 @@ class TokenGate(nn.Module):
             x = wide(x)
             if self.training and self.jitter:
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-            scores = F.linear(x, wide(self.weight).to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-            temperature = self.temperature
-            return scores if temperature is None else scores / temperature
+            return self.of_product(F.linear(x, wide(self.weight).to(x.dtype)))
+
+    def of_product(self, product: torch.Tensor) -> torch.Tensor:
+        """Scores (..., E) of an input whose product with W_g (..., E) has been made elsewhere."""
+        scores = product if self.bias is None else product + self.bias.to(product.dtype)
+        temperature = self.temperature
+        return scores if temperature is None else scores / temperature
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, num_experts={self.num_experts}, bias={self.bias is not None}"

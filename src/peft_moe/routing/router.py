@@ -105,9 +105,15 @@ class TokenRouter(nn.Module):
         self.register_buffer("matches", matches, persistent=False)
         self.statistics: dict[bool, RoutingStatistics] | None = None  # in training and outside of it, while recording
 
-    def forward(self, x: torch.Tensor, view: View) -> torch.Tensor:
-        """Weights for x (..., in), as (..., shared + E) without the base experts if they are empty."""
-        scores = self.gate(x)
+    def forward(self, x: torch.Tensor, view: View, product: torch.Tensor | None = None) -> torch.Tensor:
+        """Weights for x (..., in), as (..., shared + E) without the base experts if they are empty.
+
+        Args:
+            x: (..., in).
+            view: the call.
+            product: (..., E), x times the gate's weight, if it has been made elsewhere.
+        """
+        scores = self.gate(x) if product is None else self.gate.of_product(product)
         weights = (self.select if self.training else self.inference_select)(scores)
         statistics = None if self.statistics is None or not view.counted else self.statistics[self.training]
         ledger = view.ledger if self.training and self.balance else None

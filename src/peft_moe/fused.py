@@ -1,0 +1,113 @@
+"""A layer's forward on kernels: its modules' weights are read without calling them, where nobody would notice.
+
+Shapes: t tokens · in, out features · R ranks in all · E experts · m rows of weights
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from . import kernels
+from .bank import ExpertBank
+from .routing import Router, TokenGate, TokenRouter, View
+
+if TYPE_CHECKING:
+    from .layer import MoeLinear
+
+
+def can_run(layer: MoeLinear, x: torch.Tensor, adapters: Sequence[str]) -> bool:
+    """Whether kernels give what calling the layer's modules gives, to rounding."""
+    return kernels.may_fuse(x) and all(layer.bank(name).is_bare for name in adapters)
+
+
+def run(layer: MoeLinear, x: torch.Tensor, adapters: Sequence[str]) -> torch.Tensor:
+    """What the base layer and adapters, at least one, make of x (..., in): (..., out)."""
+    base = _weights_of(layer.base_layer, x)
+    result = layer.call_base(x) if base is None else None
+    if result is not None and type(result) is not torch.Tensor:
+        return layer.add(result, x, adapters)
+    for name in adapters:
+        # what a base layer gives that had to be called may be a view, or somebody else's too
+        result = add(layer, name, x, layer.context.view(name), result, base, writable=base is not None)
+    assert result is not None
+    return result
+
+
+def add(
+    layer: MoeLinear,
+    adapter: str,
+    x: torch.Tensor,
+    view: View,
+    result: torch.Tensor | None,
+    base: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    *,
+    writable: bool,
+) -> torch.Tensor:
+    """Add what an adapter makes of x.
+
+    Args:
+        layer: the layer.
+        adapter: the adapter's name.
+        x: (..., in).
+        view: what the adapter sees of the call.
+        result: (..., out), what to add to.
+        base: the base layer's weights, what to add to if there is no `result`.
+        writable: `result` may be written to.
+    """
+    bank, router = layer.bank(adapter), layer.router_of(adapter)
+    bank.check_weights()
+    tokens, a, b = _as_tokens(x), bank.lora_A.weight, bank.lora_B.weight
+    gate = _gate_of(router, x)
+    weights = None if router is None or gate is not None else _as_tokens(layer.weights(adapter, x, view))
+    factor = bank.factors[0] if router is None else 1.0
+    if weights is not None and len(weights) == 1 and len(tokens) > a.shape[1]:
+        # one task: there are fewer numbers in A to multiply than in rank space
+        a, weights = a * kernels.each_rank(weights, bank.spread, a.dtype).T, None
+    made, z, product = kernels.project(
+        tokens,
+        a,
+        base=base if result is None else None,
+        gate=gate,
+        dropout=_dropout(bank, tokens),
+        low=kernels.autocast_dtype(x),
+    )
+    out = made if result is None else _as_tokens(result)
+    assert out is not None
+    if product is not None:
+        weights = _as_tokens(layer.weights(adapter, x, view, product.view(*x.shape[:-1], -1)))
+    out = kernels.add(out, z, b, weights=weights, spread=bank.spread, factor=factor, writable=writable)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def _weights_of(base: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Weight (out, in) and bias (out,) of a base layer that need not be called; None for another."""
+    if not kernels.is_bare(base, nn.Linear, Conv1D):
+        return None
+    weight, bias = cast(torch.Tensor, base.weight), cast("torch.Tensor | None", base.bias)
+    # or else an error is due
+    fits = x.device == weight.device and (x.dtype == weight.dtype or kernels.autocast_dtype(x) is not None)
+    return (weight if isinstance(base, nn.Linear) else weight.T, bias) if fits else None
+
+
+def _gate_of(router: Router | None, x: torch.Tensor) -> torch.Tensor | None:
+    """The weight of a gate whose product with x may be made by kernels, None for another."""
+    if not isinstance(router, TokenRouter) or not kernels.is_bare(router.gate, TokenGate):
+        return None
+    changes_x = router.gate.training and router.gate.jitter
+    return None if changes_x or router.gate.weight.device != x.device else router.gate.weight
+
+
+def _dropout(bank: ExpertBank, tokens: torch.Tensor) -> kernels.Dropout | None:
+    dropout = bank.dropout
+    return kernels.draw_dropout(tokens, dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else None
+
+
+def _as_tokens(x: torch.Tensor | None) -> torch.Tensor:
+    """(..., n) as (t, n)."""
+    assert x is not None
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
