@@ -29,6 +29,10 @@ SWITCH = "PEFT_MOE_KERNELS"
 CHUNK = 256
 
 
+# torch's hooks for all modules, in dicts that it has for good.
+GLOBAL_HOOKS = (torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks)
+
+
 def _read_switch(value: str) -> bool:
     if value not in ("fused", "plain"):
         raise ValueError(f"{SWITCH}={value!r}; set it to 'fused', the default, or to 'plain' for plain PyTorch.")
@@ -75,7 +79,7 @@ def may_fuse(x: torch.Tensor) -> bool:
         and type(x) in (torch.Tensor, nn.Parameter)
         and not torch.compiler.is_compiling()  # which fuses by itself, and does not know functions that work in place
         and not torch._C._are_functorch_transforms_active()
-        and not (torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks)
+        and not any(GLOBAL_HOOKS)
         and not (torch_modules._global_backward_hooks or torch_modules._global_backward_pre_hooks)
     )
 
@@ -210,7 +214,7 @@ class _Project(torch.autograd.Function):
                 gw = (g.T @ x.to(g.dtype)).to(weight.dtype) if of_weight else None
                 gb = g.sum(0).to(ctx.bias_dtype) if of_bias else None
             dropout = None if kept is None else Dropout(kept, ctx.scale)
-            if g_z is not None and g_scores is not None and _read_alike(a, gate, dropout, g_z.dtype):
+            if g_z is not None and g_scores is not None and _read_alike(x, a, gate, dropout, g_z.dtype):
                 g_z, stacked = torch.cat([g_z, g_scores], dim=1), torch.cat([a, gate])
                 gx = _onto(gx, g_z, stacked, None, x.dtype) if of_x else None
                 if of_a or of_gate:
@@ -275,7 +279,7 @@ def _project(
         if weight is not None:
             kind = low or weight.dtype
             out = F.linear(x.to(kind), weight.to(kind), None if bias is None else bias.to(kind))
-        if gate is not None and _read_alike(a, gate, dropout, low or a.dtype):
+        if gate is not None and _read_alike(x, a, gate, dropout, low or a.dtype):
             z, scores = _rows(x, torch.cat([a, gate]).T).split([len(a), len(gate)], dim=1)
             return out, z, scores
         z = _rows(x, a.to(low or a.dtype).T, dropout)
@@ -284,9 +288,18 @@ def _project(
     return out, z, scores
 
 
-def _read_alike(a: torch.Tensor, gate: torch.Tensor, dropout: Dropout | None, dtype: torch.dtype) -> bool:
-    """Whether A and a gate's weight read the same x in the same type, so that one product does for both."""
-    return dropout is None and a.dtype == gate.dtype == dtype == torch.promote_types(a.dtype, torch.float32)
+def _read_alike(
+    x: torch.Tensor, a: torch.Tensor, gate: torch.Tensor, dropout: Dropout | None, dtype: torch.dtype
+) -> bool:
+    """Whether one product does for A and a gate's weight: they read the same x in the same type.
+
+    Not for a few tokens, which would cost less than to put the two together.
+    """
+    return (
+        dropout is None
+        and len(x) >= len(a)
+        and a.dtype == gate.dtype == dtype == torch.promote_types(a.dtype, torch.float32)
+    )
 
 
 def _each_rank(weights: torch.Tensor | None, spread: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

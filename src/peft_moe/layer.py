@@ -18,6 +18,7 @@ from . import fused
 from .bank import ExpertBank
 from .quantised import Aside, backend_of, check_can_merge, is_quantised_linear, requantise, weight_of
 from .routing import Batch, GroupedRouter, Router, RoutingContext, TaskRouter, View
+from .shortcut import Shortcut
 from .stand_in import StandIn, fingerprint
 
 # Linear layers of a base model's own experts: their inputs are tokens picked from all rows.
@@ -60,6 +61,7 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         # what to take out again, whatever is trained meanwhile
         self._merged_weights: dict[str, torch.Tensor | StandIn | None] = {}
         self._unmerged: Aside | None = None  # a quantised base as it was before merging
+        self._shortcut: Shortcut | None = None  # for the next call without a gradient
         self._disable_adapters = False
         self._active_adapter: str | list[str] = adapter_name
         self.train(base_layer.training)
@@ -117,6 +119,10 @@ class MoeLinear(nn.Module, BaseTunerLayer):
             self.moelora_router[adapter_name].to(bank.lora_A.weight.dtype)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            shortcut = self._shortcut
+            if shortcut is not None and not (args or kwargs) and shortcut.fits(self, x):
+                return shortcut.run(x)
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
@@ -125,6 +131,8 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         if (parts := self.context.parts) is not None:
             return self._add_to_rows(self.call_base(x, *args, **kwargs), x, parts)
         if adapters and not (args or kwargs) and fused.can_run(self, x, adapters):
+            if not torch.is_grad_enabled():
+                self._shortcut = Shortcut.of(self, adapters)
             return fused.run(self, x, adapters)
         return self.add(self.call_base(x, *args, **kwargs), x, adapters)
 

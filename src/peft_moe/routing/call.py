@@ -50,6 +50,7 @@ class Call:
         prompt_mask: which tokens are the prompt, if the caller has said so.
         in_forward: a forward of the model is under way, and not only generate.
         parts: by adapter, its rows, where these belong to different ones; None where active adapters have them all.
+        views: what adapters see of it, as far as it has been asked for; in forward, and in what runs again.
     """
 
     told: TaskIds | None = None
@@ -64,6 +65,7 @@ class Call:
     prompt_mask: torch.Tensor | None = None
     in_forward: bool = False
     parts: dict[str, Part] | None = None
+    views: dict[tuple[str, bool], View] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def of_batch(self, batch: Batch | None) -> Call:
         """The same with another input, such as that of a step of generate, which may have repeated the rows."""

@@ -204,6 +204,11 @@ class RoutingContext:
         return self._call if self._depth or torch._C._current_graph_task_id() != -1 else None
 
     @property
+    def kept(self) -> dict[Any, torch.Tensor] | None:
+        """What is kept for the span of the call under way, and of a generate; None outside of one."""
+        return self._call.kept if self._depth else None
+
+    @property
     def prompt(self) -> Prompt:
         """What routers make of the prompts of the current call."""
         return self._call.prompt or Prompt()
@@ -249,9 +254,17 @@ class RoutingContext:
     def view(self, adapter: str) -> View:
         """What an adapter's routers see of the current call."""
         call = self.current or self._resolve(None, (adapter,))
+        if torch.compiler.is_compiling():
+            return self._view(call, adapter, again=False)
+        again = torch._C._current_graph_task_id() != -1
+        view = call.views.get((adapter, again))
+        if view is None:
+            view = call.views[adapter, again] = self._view(call, adapter, again=again)
+        return view
+
+    def _view(self, call: Call, adapter: str, *, again: bool) -> View:
         part = None if call.parts is None else call.parts.get(adapter)
         names = self._tasks[adapter].task_names if adapter in self._tasks else ()
-        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         return View(
             adapter=adapter,
             names=names,
