@@ -296,10 +296,18 @@ def run_here(code: str, names: dict[str, str]) -> list[float]:
 
 
 def peak(code: str, names: dict[str, str]) -> float:
-    """MiB that a piece of code takes in a fresh process beyond its imports, pages of files included."""
-    given = "; ".join(f"{name} = {value!r}" for name, value in names.items())
-    rss = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss"
-    return float(run_python("-c", f"import resource, peft_moe; {given}; b = {rss}; {code}; print(({rss} - b) / 1024)"))
+    """MiB that a piece of code takes at most in a fresh process beyond what was there, pages of files included."""
+    lines = [
+        "import re, peft_moe",
+        "from pathlib import Path",
+        "size = lambda what: int(re.search(what + r':\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1])",
+        *(f"{name} = {value!r}" for name, value in names.items()),
+        "Path('/proc/self/clear_refs').write_text('5')  # the peak, of the imports so far, starts anew",
+        "before = size('VmRSS')",
+        code,
+        "print((size('VmHWM') - before) / 1024)",
+    ]
+    return float(run_python("-c", "\n".join(lines)))
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import chain
 from typing import Any, cast
 
@@ -295,8 +296,10 @@ class MoeTuner(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        ours = re.sub(rf"(^|\.)(moelora_(?:bank|router))\.{re.escape(adapter_name)}\.", r"\1\2.", key, count=1)
-        return ours if ours != key else super()._remove_adapter_name_from_key(key, adapter_name)
+        found = _part_of(adapter_name).search(key)
+        if found is None:
+            return super()._remove_adapter_name_from_key(key, adapter_name)
+        return f"{key[: found.end('part')]}{key[found.end() - 1 :]}"
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -475,6 +478,12 @@ class MoeTuner(BaseTuner):
         for method in ("forward", "generate"):
             Entry.remove(model, method)
         return model
+
+
+@cache
+def _part_of(adapter_name: str) -> re.Pattern[str]:
+    """Finds an adapter's part of a layer or of the tuner in the name of a tensor."""
+    return re.compile(rf"(^|\.)(?P<part>moelora_(?:bank|router))\.{re.escape(adapter_name)}\.")
 
 
 def take_out(model: PeftModel, adapter_name: str) -> None:
