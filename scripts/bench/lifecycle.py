@@ -6,12 +6,12 @@
     python scripts/bench/lifecycle.py --parts fold --hidden 1024
 
 import: fresh processes that import peft, or peft and then peft_moe, in turns; and the command's help pages.
-adapters: `get_peft_model`, `save_pretrained` and `PeftModel.from_pretrained` on a Llama of 32 layers with random weights,
-all of its 224 linear layers targeted, against a stock LoRA with as many ranks in all, in turns; read: AT-MoE made from
-nine folders, against loading these nine as stock LoRAs. At --hidden 256 the work per module is what counts, at 1024 the
-bytes are. fold: an 8-expert MOELoRA adapter, against reading and writing the same files, once with all files in the
-cache of the operating system and once without, until what is written is on disk; peak memory is of a fresh process,
-beyond what its imports took (Linux).
+adapters: `get_peft_model`, `save_pretrained` and `PeftModel.from_pretrained` on a Llama of 32 layers with random
+weights, all of its 224 linear layers targeted, against a stock LoRA with as many ranks in all, in turns; read: AT-MoE
+made from nine folders, against loading these nine as stock LoRAs. At --hidden 256 the work per module is what counts,
+at 1024 the bytes are. fold: an 8-expert MOELoRA adapter, against reading and writing the same files, once with all
+files in the cache of the operating system and once without, until what is written is on disk; peak memory is of a
+fresh process, beyond what its imports took (Linux).
 """
 
 import argparse
@@ -243,9 +243,7 @@ def read_all(base: Any, folders: list[str]) -> list[float]:
     def make() -> Any:
         groups = {"a": folders[:3], "b": folders[3:6], "c": folders[6:8]}
         named = {group: {Path(folder).name: folder for folder in part} for group, part in groups.items()}
-        return get_peft_model(
-            bare, GroupedMoeConfig(task_type="CAUSAL_LM", groups=named, general_expert=folders[8])
-        )
+        return get_peft_model(bare, GroupedMoeConfig(task_type="CAUSAL_LM", groups=named, general_expert=folders[8]))
 
     bare = fresh(base)
     return [timed(make)[1]]

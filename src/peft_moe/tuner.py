@@ -221,11 +221,11 @@ class MoeTuner(BaseTuner):
         Trained experts and routers would be lost there. Where all is in one place already, as it is after
         `update_layer`, peft would go through each part of the layer and those within it for nothing.
         """
-        devices = {t.device for t in chain(new_module.parameters(), new_module.buffers())}
-        on_meta = isinstance(new_module, MoeLinear) and any(
-            p.is_meta for p in new_module.get_base_layer().parameters()
-        )
-        if on_meta or (isinstance(new_module, MoeLinear) and len(devices) == 1):
+        settled = False
+        if isinstance(new_module, MoeLinear):
+            on_meta = any(p.is_meta for p in new_module.get_base_layer().parameters())
+            settled = on_meta or len({t.device for t in chain(new_module.parameters(), new_module.buffers())}) == 1
+        if settled:
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
