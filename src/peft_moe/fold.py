@@ -196,8 +196,9 @@ def to_lora(config: MoeConfig, state_dict: StateDict, banks: Banks) -> tuple[Lor
     for key, (a, b) in banks.items():
         missing = rank - a.shape[0]
         prefix = f"base_model.model.{key}"
-        folded[f"{prefix}.lora_A.weight"] = pad(a, (0, 0, 0, missing)).contiguous()
-        folded[f"{prefix}.lora_B.weight"] = pad(b, (0, missing)).contiguous()
+        # pad copies even where there is nothing to add
+        folded[f"{prefix}.lora_A.weight"] = (pad(a, (0, 0, 0, missing)) if missing else a).contiguous()
+        folded[f"{prefix}.lora_B.weight"] = (pad(b, (0, missing)) if missing else b).contiguous()
     others = {k: v.contiguous() for k, v in state_dict.items() if ".moelora_" not in k}
     fields = {name: getattr(config, name) for name in CARRIED}
     return LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, inference_mode=True, **fields), {**folded, **others}

@@ -63,8 +63,7 @@ def read_weights(source: str | Path, *, device: str = "cpu", **hub_kwargs: Any) 
     where = f"The adapter {str(source)!r}"
     if foreign := [key for key in found if "moelora_" in key and not OURS.search(key)]:
         raise ValueError(f"{where} has no place for {foreign[0]!r} of the file; {FITS}.")
-    for key, tensor in found.items():
-        _check_numbers(where, key, tensor)
+    _check_numbers(where, found)
     return found
 
 
@@ -82,14 +81,14 @@ def whole(source: object) -> Iterator[None]:
 
 
 def check_tensors(
-    wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], known: set[str], adapter_name: str
+    wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], known: Iterable[str], adapter_name: str
 ) -> None:
     """Raise a ValueError unless a file's tensors can be an adapter's weights.
 
     Args:
         wanted: the adapter's own tensors, by their names in the model.
         found: those of the file, by the same names, and what it has beside them.
-        known: names of all tensors of the model.
+        known: names of all tensors of the model; asked for only if the file has others of ours than `wanted`.
         adapter_name: name of the adapter.
     """
     where = f"Adapter {adapter_name!r}"
@@ -107,11 +106,11 @@ def check_tensors(
                 f"{where} has {key!r} of shape {shape} and the file's is {tuple(found[key].shape)}; {FITS}."
             )
     # peft leaves out what else it does not know
-    unknown = (key for key in found if key not in known and key.removeprefix("base_model.model.") not in known)
-    if foreign := [key for key in unknown if "moelora_" in key]:
+    foreign = [key for key in found if key not in wanted and "moelora_" in key]
+    names = set(known) if foreign else set()
+    if foreign := [key for key in foreign if names.isdisjoint((key, key.removeprefix("base_model.model.")))]:
         raise ValueError(f"{where} has no place for {foreign[0]!r} of the file, one of {len(foreign)} such; {FITS}.")
-    for key, tensor in found.items():
-        _check_numbers(where, key, tensor)
+    _check_numbers(where, found)
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor] | None:
@@ -149,20 +148,32 @@ def check_gathered(state_dict: dict[str, torch.Tensor], adapter_name: str) -> No
         )
 
 
-def _check_numbers(where: str, key: str, tensor: torch.Tensor) -> None:
-    if not isinstance(tensor, torch.Tensor) or not (tensor.is_floating_point() or "moelora_" not in key):
-        kind = getattr(tensor, "dtype", type(tensor).__name__)
-        raise ValueError(f"{where}: {key!r} in the file is {kind}, and weights are floating-point numbers; {ANEW}.")
+def _check_numbers(where: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise a ValueError unless the tensors of a file are weights, and finite."""
+    extremes: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or not (tensor.is_floating_point() or "moelora_" not in key):
+            kind = getattr(tensor, "dtype", type(tensor).__name__)
+            raise ValueError(f"{where}: {key!r} in the file is {kind}, and weights are floating-point numbers; {ANEW}.")
+        local = _numbers(tensor)
+        if local.is_floating_point() and local.numel():
+            # finite if all numbers are, and no tensor of the same size
+            extremes.setdefault((local.device, local.dtype), []).extend(local.aminmax())
+    # looked at together: each look waits for the device
+    if all(bool(torch.stack(values).isfinite().all()) for values in extremes.values()):
+        return
+    for key, local in ((key, _numbers(tensor)) for key, tensor in tensors.items()):
+        if bad := int((~local.isfinite()).sum()):
+            raise ValueError(
+                f"{where}: {key!r} in the file has {bad} of {local.numel()} numbers that are NaN or infinite, as from "
+                "training that diverged; load an earlier checkpoint."
+            )
+
+
+def _numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """What of a tensor this process has, in a type that can be compared."""
     local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # of a DTensor, this process's
-    local = local.float() if local.element_size() == 1 else local
-    # the extremes are finite if all numbers are, and need no tensor of the same size
-    extremes = torch.stack(local.aminmax()) if local.is_floating_point() and local.numel() else torch.zeros(2)
-    if not bool(extremes.isfinite().all()):
-        bad = int((~local.isfinite()).sum())
-        raise ValueError(
-            f"{where}: {key!r} in the file has {bad} of {local.numel()} numbers that are NaN or infinite, as from "
-            "training that diverged; load an earlier checkpoint."
-        )
+    return local.float() if local.element_size() == 1 else local
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:

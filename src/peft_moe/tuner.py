@@ -6,6 +6,8 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -164,8 +166,10 @@ class MoeTuner(BaseTuner):
         """Raise a ValueError if routers in the modules at `keys` could not know what they have to."""
 
     def _check_target_module_compatiblity(self, peft_config: MoeConfig, model: nn.Module, target_name: str) -> None:
+        if target_name != "out_proj":  # asked for every module, and the model's config is copied for each answer
+            return
         model_type = self.get_model_config(model).get("model_type")
-        if model_type in MAMBA_TYPES and target_name == "out_proj":
+        if model_type in MAMBA_TYPES:
             raise ValueError(
                 f"Module {target_name!r} of a {model_type} model hands its weight to a fused kernel and is never "
                 "called, so that an adapter would have no effect; name it in exclude_modules."
@@ -214,9 +218,14 @@ class MoeTuner(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """As in peft, which sends adapters to where the base layer is, but not to the meta device.
 
-        Trained experts and routers would be lost there.
+        Trained experts and routers would be lost there. Where all is in one place already, as it is after
+        `update_layer`, peft would go through each part of the layer and those within it for nothing.
         """
-        if isinstance(new_module, MoeLinear) and any(p.is_meta for p in new_module.get_base_layer().parameters()):
+        settled = False
+        if isinstance(new_module, MoeLinear):
+            on_meta = any(p.is_meta for p in new_module.get_base_layer().parameters())
+            settled = on_meta or len({t.device for t in chain(new_module.parameters(), new_module.buffers())}) == 1
+        if settled:
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -287,8 +296,10 @@ class MoeTuner(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        ours = re.sub(rf"(^|\.)(moelora_(?:bank|router))\.{re.escape(adapter_name)}\.", r"\1\2.", key, count=1)
-        return ours if ours != key else super()._remove_adapter_name_from_key(key, adapter_name)
+        found = _part_of(adapter_name).search(key)
+        if found is None:
+            return super()._remove_adapter_name_from_key(key, adapter_name)
+        return f"{key[: found.end('part')]}{key[found.end() - 1 :]}"
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -299,7 +310,7 @@ class MoeTuner(BaseTuner):
         wanted = adapter_tensors(model, adapter_name)
         try:
             if wanted is not None:
-                check_tensors(wanted, found, set(names_of_tensors(model)), adapter_name)
+                check_tensors(wanted, found, names_of_tensors(model), adapter_name)
         except ValueError:
             if config.read_from is not None and isinstance(model, PeftModel):
                 take_out(model, adapter_name)
@@ -317,7 +328,9 @@ class MoeTuner(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         # FSDP's activation checkpointing puts a wrapper into names of modules and takes it out of those in a state dict
-        names = {name.replace(CHECKPOINTED, ""): name for name in names_of_tensors(model) if CHECKPOINTED in name}
+        wrapped = any(CHECKPOINTED in f"{key}." for key, _ in model.named_modules(remove_duplicate=False))
+        all_names = names_of_tensors(model) if wrapped else ()
+        names = {name.replace(CHECKPOINTED, ""): name for name in all_names if CHECKPOINTED in name}
         state_dict = {names.get(key, key): tensor for key, tensor in state_dict.items()} if names else state_dict
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         check_gathered(found, adapter_name)
@@ -465,6 +478,12 @@ class MoeTuner(BaseTuner):
         for method in ("forward", "generate"):
             Entry.remove(model, method)
         return model
+
+
+@cache
+def _part_of(adapter_name: str) -> re.Pattern[str]:
+    """Finds an adapter's part of a layer or of the tuner in the name of a tensor."""
+    return re.compile(rf"(^|\.)(?P<part>moelora_(?:bank|router))\.{re.escape(adapter_name)}\.")
 
 
 def take_out(model: PeftModel, adapter_name: str) -> None:

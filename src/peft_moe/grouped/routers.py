@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -71,11 +71,17 @@ def fixed_weights(config: GroupedMoeConfig, state_dict: StateDict, control: Cont
                 "...) for the LoRA that comes closest."
             )
 
+    of_blocks: dict[tuple[str, int] | None, list[str]] = {}
+    for key in sorted(routers, key=lambda k: bool(OF_ENCODER.search(k) or IN_BASE_EXPERTS.search(k))):
+        of_blocks.setdefault(layer_of(key), []).append(key)
+
+    @cache  # since modules share the router of their block
+    def weights_of(key: str) -> torch.Tensor | None:
+        with torch.no_grad():
+            return routers[key].constant(control)
+
     def weights_at(key: str) -> torch.Tensor | None:
         # one of its own, or that of its block, which another of its layers holds
-        of_block = [k for k in routers if layer_of(k) == layer_of(key)]
-        of_block.sort(key=lambda k: bool(OF_ENCODER.search(k) or IN_BASE_EXPERTS.search(k)))
-        with torch.no_grad():
-            return routers[key if key in routers else of_block[0]].constant(control)
+        return weights_of(key if key in routers else of_blocks.get(layer_of(key), [])[0])
 
     return weights_at

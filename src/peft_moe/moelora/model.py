@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import cast
 
 import torch
 from torch import nn
 
-from ..folding import StateDict, WeightsAt, module_from
+from ..folding import StateDict, WeightsAt, filled
 from ..layer import IN_BASE_EXPERTS
 from ..routing import TaskGate, TaskRouter, softmax
 from ..routing.tasks import Task, encode_choice
@@ -133,16 +134,21 @@ def weights_of_task(config: MoeLoraConfig, state_dict: StateDict, task: Task | S
     """
     ids = encode_choice(task, config.task_names)
 
+    @cache
+    def empty_router(num_experts: int) -> TaskRouter:
+        with torch.device("meta"):
+            return new_router(config, num_experts)
+
+    @cache  # since most modules share a router
+    def weights_of(num_experts: int, at: str) -> torch.Tensor:
+        router = filled(empty_router(num_experts), state_dict, at)
+        return router.of_tasks(ids.to(router.gate.embedding.weight.device))[0]
+
     def weights_at(key: str) -> torch.Tensor | None:
         n = len(config.experts_at(key).ranks)
         if n == 1:
             return None
-        at = (
-            f"base_model.model.{key}.moelora_router."
-            if config.gate_scope == "layer"
-            else f"base_model.moelora_router.{n}."
-        )
-        router = module_from(lambda: new_router(config, n), state_dict, at)
-        return router.of_tasks(ids.to(router.gate.embedding.weight.device))[0]
+        own = config.gate_scope == "layer"
+        return weights_of(n, f"base_model.model.{key}.moelora_router." if own else f"base_model.moelora_router.{n}.")
 
     return weights_at
