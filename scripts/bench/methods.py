@@ -61,11 +61,15 @@ class Layers(nn.Module):
 
 
 def adapt(base: nn.Module, config: PeftConfig, dtype: str) -> PeftModel:
-    """A base in the type of its name, with an adapter in the type that belongs to it."""
+    """A base with an adapter, in types by their name in DTYPES."""
     of_base, in_float32 = DTYPES[dtype]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="top_k=1")  # here it is not trained to be of use
-        return get_peft_model(base.to(of_base), config, autocast_adapter_dtype=in_float32)
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft asks for it
+        model = get_peft_model(base.to(of_base), config, autocast_adapter_dtype=in_float32)
+    if isinstance(base, Layers) and isinstance(config, MedMoeLoraConfig):
+        model.set_balance_scale(1.0)  # bare layers compute no loss of their own, which would show it
+    return model
 
 
 def config_of(method: str, base: Callable[[], nn.Module], targets: Targets, **changes: Any) -> PeftConfig:

@@ -44,7 +44,7 @@ def summary(times: Mapping[str, list[float]], ours: str = "ours") -> dict[str, A
     for name in times:
         if name != ours:
             of_rounds = [mine / theirs for mine, theirs in zip(times[ours], times[name], strict=True)]
-            low, _, high = quantiles(of_rounds, n=4)
+            low, _, high = quantiles(of_rounds, n=4, method="inclusive")
             ratios[name] = {"median": median(of_rounds), "quartiles": [low, high]}
     return {"ms": {name: median(of_name) for name, of_name in times.items()}, "ratios": ratios}
 
