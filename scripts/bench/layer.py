@@ -6,15 +6,16 @@
 
 Steps: train is forward and backward with gradients for the input and the adapter, 4 × 256 tokens; prefill the forward
 of it without gradients; decode_1 and decode_8 one token for each of 1 and 8 rows, through eight such layers, as time
-per layer. All compared adapters take turns in one process; a ratio is the median over rounds, shown with the middle half
-of the rounds. memory is counted, not measured: the peak of what the allocator gives out during a training step, beyond
-that of the frozen layer alone, and the tensors kept for backward.
+per layer. All compared adapters take turns in one process; a ratio is the median over rounds, shown with the middle
+half of the rounds. memory is counted, not measured: the peak of what the allocator gives out during a training step,
+beyond that of the frozen layer alone, and the tensors kept for backward.
 
 --dtype: fp32; bf16, base and adapter; bf16_fp32, the adapter in float32, which is peft's default.
 """
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,18 +133,18 @@ def forward_step(model: nn.Module, x: torch.Tensor, method: str) -> Callable[[],
     return step
 
 
-def memory(models: dict[str, nn.Module], method: str, dtype: str) -> dict[str, Any]:
-    """Bytes: peaks of a training step beyond that of the frozen layer, and what each keeps for backward beside x."""
-    x = random_input(4, 256, models["base"].layers[0].proj.in_features, dtype).requires_grad_()
+def memory(models: dict[str, nn.Module], method: str, dtype: str, tokens: int = 256) -> dict[str, Any]:
+    """Bytes: peaks of a training step, the frozen layer's among them, and what each keeps for backward beside x."""
+    x = random_input(4, tokens, models["base"].layers[0].proj.in_features, dtype)
     peaks, saved = {}, {}
     for name, model in models.items():
-        step = training_step(model, x.detach(), method if name == "ours" else "lora")
-        peaks[name] = peak_memory(step)
-        tasks = task_ids_of(method if name == "ours" else "lora", len(x))
-        saved[name] = saved_for_backward(lambda m=model, t=tasks: m(x, **t), [x, *tensors_of(model)])
-    beyond = {name: peak - peaks["base"] for name, peak in peaks.items()}
+        of = method if name == "ours" else "lora"
+        peaks[name] = peak_memory(training_step(model, x, of))
+        forward = partial(model, x.requires_grad_(), **task_ids_of(of, len(x)))
+        saved[name] = saved_for_backward(forward, [x, *model.parameters(), *model.buffers()])
+        x = x.detach()
+    ratio = (peaks["ours"] - peaks["base"]) / (peaks["total"] - peaks["base"])
     target = target_of("layer", method, dtype, "memory")
-    ratio = beyond["ours"] / beyond["total"]
     return {
         "peak_bytes": peaks,
         "ratio": ratio,
@@ -151,11 +152,6 @@ def memory(models: dict[str, nn.Module], method: str, dtype: str) -> dict[str, A
         "target": target,
         "met": target and round(ratio, 2) <= target,
     }
-
-
-def tensors_of(model: nn.Module) -> list[torch.Tensor]:
-    """Parameters and buffers."""
-    return [*model.parameters(), *model.buffers()]
 
 
 def line(row: dict[str, Any]) -> str:

@@ -3,7 +3,8 @@
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,12 +61,19 @@ class Layers(nn.Module):
         return out
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without two warnings that say nothing here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="top_k=1")  # nothing is trained to be of use
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft asks for it
+        yield
+
+
 def adapt(base: nn.Module, config: PeftConfig, dtype: str) -> PeftModel:
     """A base with an adapter, in types by their name in DTYPES."""
     of_base, in_float32 = DTYPES[dtype]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="top_k=1")  # here it is not trained to be of use
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft asks for it
+    with quiet():
         model = get_peft_model(base.to(of_base), config, autocast_adapter_dtype=in_float32)
     if isinstance(base, Layers) and isinstance(config, MedMoeLoraConfig):
         model.set_balance_scale(1.0)  # bare layers compute no loss of their own, which would show it
@@ -91,14 +99,14 @@ def config_of(method: str, base: Callable[[], nn.Module], targets: Targets, **ch
         return MedMoeLoraConfig(**uniform | shared)
     of_molora = {"molora_k1_r64": (8, 1, 64), "molora_k2_r64": (8, 2, 64), "molora_n32": (32, 2, 16)}
     n, k, r = of_molora.get(method, (8, 2, 16))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="top_k=1")
+    with quiet():
         return MoLoraConfig(**{"num_experts": n, "top_k": k, "r": r, "lora_alpha": 2 * r} | shared)
 
 
 def _grouped(method: str, base: Callable[[], nn.Module], **shared: Any) -> GroupedMoeConfig:
     """Nine times the same trained LoRA, since their numbers do not matter here."""
-    lora = get_peft_model(base(), LoraConfig(**shared, r=16, lora_alpha=32))
+    with quiet():
+        lora = get_peft_model(base(), LoraConfig(**shared, r=16, lora_alpha=32))
     with tempfile.TemporaryDirectory() as folder:
         lora.save_pretrained(folder)
         expert = read_expert(folder)

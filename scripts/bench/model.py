@@ -4,11 +4,12 @@
     python scripts/bench/model.py --method molora --dtype fp32 --steps train decode_1
     python scripts/bench/model.py --method recording --rounds 13
 
-Steps: train is forward and backward (no optimiser, which is the same for all) of 4 × 256 tokens; prefill reads the same
-without gradients; decode_1 and decode_8 are a forward of one more token for each of 1 and 8 rows, with 128 in the cache;
-generate_1 and generate_8 are `model.generate`, greedy, 16 tokens after 16, as time per token. All compared adapters take
-turns in one process; a ratio is the median over rounds, shown with the middle half of the rounds. memory is counted, not
-measured: the peak of what the allocator gives out during a training step, beyond that of the frozen model.
+Steps: train is forward and backward (no optimiser, which is the same for all) of 4 × 256 tokens; prefill reads the
+same without gradients; decode_1 and decode_8 are a forward of one more token for each of 1 and 8 rows, with 128 in the
+cache; generate_1 and generate_8 are `model.generate`, greedy, 16 tokens after 16, as time per token. All compared
+adapters take turns in one process; a ratio is the median over rounds, shown with the middle half of the rounds. memory
+is counted, not measured: the peak of what the allocator gives out during a training step, beyond that of the frozen
+model.
 
 For moelora, rows have different tasks, in moelora_one_task the same; molora and medmoelora are as their papers have
 them; at_moe is 8 frozen experts of rank 16 in 3 groups and a general one, routed per token, and at_moe_prompt the same
@@ -19,6 +20,7 @@ per prompt; recording, which runs only by its name, is molora while its routing 
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,7 @@ def main() -> None:
         print(f"\n{Path(arguments.model).name}, {DTYPE_LABELS[dtype]}, {arguments.threads} threads\n")
         print("| | step | ms | / LoRA of total rank | / LoRA of active rank | target |\n|---|---|---|---|---|---|")
         for method in arguments.method:
-            models = contestants(method, arguments.model, dtype)
+            models = contestants(method, dtype, partial(AutoModelForCausalLM.from_pretrained, arguments.model))
             for step in arguments.steps:
                 row = memory(models, method, arguments) if step == "memory" else timed(models, method, step, arguments)
                 ratio, target = row["ratio"], target_of("model", method, dtype, step)
@@ -68,13 +70,9 @@ def main() -> None:
             del models
 
 
-def contestants(method: str, path: str, dtype: str) -> dict[str, nn.Module]:
+def contestants(method: str, dtype: str, base: Callable[[], nn.Module]) -> dict[str, nn.Module]:
     """Stock LoRAs of the total and of the active rank if it is another, and the method; each on its own base."""
     torch.manual_seed(0)
-
-    def base() -> nn.Module:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype][0])
-
     fields = {"task_type": "CAUSAL_LM"}
     ours = adapt(base(), config_of(method, base, TARGETS, **fields), dtype)
     if method == "recording":
@@ -126,11 +124,13 @@ def inputs_for(method: str, batch: int, seq: int) -> dict[str, torch.Tensor]:
 
 
 def training_step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
-    """Forward and backward over a batch."""
+    """Forward and backward over a batch of which a quarter are prompts."""
     model.train()
+    labels = inputs["input_ids"].clone()
+    labels[:, : labels.shape[1] // 4] = -100
 
     def step() -> None:
-        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        model(**inputs, labels=labels).loss.backward()
         model.zero_grad()
 
     return step
@@ -178,7 +178,9 @@ def line(row: dict[str, Any]) -> str:
     """A row of the table."""
     if row["step"] == "memory":
         peaks = row["peak_bytes"]
-        active = f"{(peaks['ours'] - peaks['base']) / (peaks['active'] - peaks['base']):.2f}" if "active" in peaks else "–"
+        active = (
+            f"{(peaks['ours'] - peaks['base']) / (peaks['active'] - peaks['base']):.2f}" if "active" in peaks else "–"
+        )
         of_both = ", ".join(f"{name} {peaks[name] / MIB:.0f} MiB" for name in ("base", "total", "ours"))
         cells = f"{of_both} | {row['ratio']:.2f} | {active}"
     else:
