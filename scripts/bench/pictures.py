@@ -9,7 +9,7 @@ step and its memory), layer-forward.png, model.png and scaling.png beside them.
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from matplotlib.lines import Line2D
 # Okabe and Ito's colours, which are told apart by colour-blind readers
 COLOURS = {"fp32": "#0072B2", "bf16": "#E69F00", "bf16_fp32": "#009E73"}
 OF_METHOD = {"moelora": ("#0072B2", "o"), "molora": ("#D55E00", "s"), "medmoelora": ("#009E73", "^")}
+OF_LORA, STYLES = "grey", {"fp32": "-", "bf16": "--"}
 STEP_LABELS = {
     "train": "training step, time",
     "memory": "training step, peak memory beyond the base's",
@@ -102,7 +103,7 @@ def _bars(rows: list[Row], panels: list[list[tuple[str, str | None, Any, str]]])
 def bars(axis: Axes, rows: list[Row], methods: list[str], dtypes: list[str]) -> None:
     """Ratios to stock LoRA with the middle half of the rounds, and their targets."""
     height = 0.8 / len(dtypes)
-    highest = 1.0
+    highest, furthest = 1.0, 1.0  # bar, and end of a spread
     for row in rows:
         y = methods.index(row["method"]) + (dtypes.index(row["dtype"]) - (len(dtypes) - 1) / 2) * height
         ratio, spread = row.get("ratio"), None
@@ -110,13 +111,15 @@ def bars(axis: Axes, rows: list[Row], methods: list[str], dtypes: list[str]) -> 
             ratio = row["ratios"]["total"]["median"]
             low, high = row["ratios"]["total"]["quartiles"]
             spread = [[max(0, ratio - low)], [max(0, high - ratio)]]
-            highest = max(highest, high)
+            furthest = max(furthest, high)
         highest = max(highest, ratio)
-        axis.barh(y, ratio, height * 0.92, color=COLOURS[row["dtype"]], xerr=spread, error_kw={"elinewidth": 1})
+        axis.barh(
+            y, ratio, height * 0.92, color=COLOURS[row["dtype"]], xerr=spread, error_kw={"elinewidth": 1, "capsize": 2}
+        )
         if row["target"]:
             axis.plot([row["target"]] * 2, [y - height / 2, y + height / 2], color="black", linewidth=2.2)
     axis.axvline(1, color="grey", linewidth=0.8, linestyle="--")
-    axis.set_xlim(0, min(highest * 1.05, 2.5))
+    axis.set_xlim(0, max(highest * 1.05, min(furthest * 1.05, highest * 1.3)))
     axis.set_xlabel("ratio to stock LoRA of the same total rank")
 
 
@@ -124,49 +127,72 @@ def of_scaling(rows: list[Row]) -> Figure:
     """Lines by method and type: a row of pictures for each axis."""
     found = [axis for axis in AXIS_LABELS if any(row["axis"] == axis for row in rows)]
     figure, axes = plt.subplots(len(found), 3, figsize=(14, 3.9 * len(found)), squeeze=False, layout="constrained")
-    values: list[tuple[str, Callable[[Row], float]]] = [
-        ("time / stock LoRA of the same total rank", lambda row: row["ratios"]["total"]["median"]),
-        ("time / frozen layer alone", lambda row: row["ratios"]["base"]["median"]),
-        ("peak beyond the frozen layer's, MiB", lambda row: beyond(row, "ours")),
-    ]
     for i, name in enumerate(found):
         of_axis = [row for row in rows if row["axis"] == name]
-        for axis, (label, value) in zip(axes[i], values, strict=True):
-            lines(axis, of_axis, "tokens" if name == "tokens" else "experts", value, banded=axis is axes[i, 0])
-            axis.set(xlabel=AXIS_LABELS[name], ylabel=label, ylim=0)
-        axes[i, 0].axhline(1, color="grey", linewidth=0.8, linestyle="--")
-    used = [m for m in OF_METHOD if any(row["method"] == m for row in rows)]
+        over = "tokens" if name == "tokens" else "experts"
+        for j, (label, value) in enumerate(VALUES.items()):
+            lines(axes[i, j], of_axis, over, value, of_lora=j > 0)
+            axes[i, j].set(xlabel=AXIS_LABELS[name], ylabel=label)
+        bands(axes[i, 0], of_axis, over)
+        axes[i, 0].axhline(1, color="black", linewidth=0.8, linestyle=":")
+        for axis in axes[i]:
+            axis.set_ylim(0)
+    used = [method for method in OF_METHOD if any(row["method"] == method for row in rows)]
     handles = [
         Line2D([], [], color=OF_METHOD[m][0], marker=OF_METHOD[m][1], label=LABELS[m].split(",")[0]) for m in used
     ]
+    handles.append(Line2D([], [], color=OF_LORA, linewidth=1, label="stock LoRA of the same total rank"))
     handles += [Line2D([], [], color="black", linestyle=style, label=DTYPE_LABELS[d]) for d, style in STYLES.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
 
 
-STYLES = {"fp32": "-", "bf16": "--"}
+def by_line(rows: list[Row], over: str) -> Iterator[tuple[str, str, list[Row]]]:
+    """Method, type, and their rows in order."""
+    for method in OF_METHOD:
+        for dtype in STYLES:
+            chosen = [row for row in rows if (row["method"], row["dtype"]) == (method, dtype)]
+            if chosen:
+                yield method, dtype, sorted(chosen, key=lambda row: row[over])
 
 
-def lines(axis: Axes, rows: list[Row], over: str, value: Callable[[Row], float], *, banded: bool) -> None:
-    """A line for each method and type over a number of tokens or experts, with the middle half of the rounds."""
-    for method, (colour, marker) in OF_METHOD.items():
-        for dtype, style in STYLES.items():
-            chosen = sorted((r for r in rows if (r["method"], r["dtype"]) == (method, dtype)), key=lambda r: r[over])
-            if not chosen:
-                continue
-            x = [row[over] for row in chosen]
-            axis.plot(x, list(map(value, chosen)), style, color=colour, marker=marker, markersize=4)
-            if banded:
-                low, high = zip(*(row["ratios"]["total"]["quartiles"] for row in chosen), strict=True)
-                axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+def lines(axis: Axes, rows: list[Row], over: str, value: Callable[[Row, str], float], *, of_lora: bool) -> None:
+    """A line for each method and type over a number of tokens or experts, and those of the stock LoRA."""
+    drawn = set()
+    for method, dtype, chosen in by_line(rows, over):
+        x = [row[over] for row in chosen]
+        if of_lora and dtype not in drawn:  # that of the first method: the others' have the same rank
+            axis.plot(x, [value(row, "total") for row in chosen], STYLES[dtype], color=OF_LORA, linewidth=1)
+            drawn.add(dtype)
+        colour, marker = OF_METHOD[method]
+        axis.plot(x, [value(row, "ours") for row in chosen], STYLES[dtype], color=colour, marker=marker, markersize=4)
     axis.set_xscale("log", base=2)
     ticks = sorted({row[over] for row in rows})
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
 
 
+def bands(axis: Axes, rows: list[Row], over: str) -> None:
+    """The middle half of the rounds around each line of ratios to the stock LoRA."""
+    for method, _, chosen in by_line(rows, over):
+        low, high = zip(*(row["ratios"]["total"]["quartiles"] for row in chosen), strict=True)
+        axis.fill_between([row[over] for row in chosen], low, high, color=OF_METHOD[method][0], alpha=0.12, linewidth=0)
+
+
+def of_base(row: Row, name: str) -> float:
+    """Time as a ratio to the frozen layer's."""
+    return row["ratios"]["base"]["median"] if name == "ours" else row["ms"][name] / row["ms"]["base"]
+
+
 def beyond(row: Row, name: str) -> float:
     """MiB of a peak beyond that of the frozen layer."""
     return (row["peak_bytes"][name] - row["peak_bytes"]["base"]) / 2**20
+
+
+VALUES: dict[str, Callable[[Row, str], float]] = {
+    "time / stock LoRA of the same total rank": lambda row, _: row["ratios"]["total"]["median"],
+    "time / frozen layer alone": of_base,
+    "peak beyond the frozen layer's, MiB": beyond,
+}
 
 
 if __name__ == "__main__":
