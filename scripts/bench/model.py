@@ -94,7 +94,7 @@ def timed(models: dict[str, nn.Module], method: str, step: str, arguments: argpa
     seq = {"decode": 128, "generate": 16}.get(kind, arguments.seq)
     runs = {}
     for name, model in models.items():
-        inputs = inputs_for(method if name == "ours" else "lora", batch, seq)
+        inputs = inputs_for(model, method if name == "ours" else "lora", batch, seq)
         runs[name] = make(model, inputs, arguments.tokens) if kind == "generate" else make(model, inputs)
     row = summary(interleave(runs, arguments.rounds))
     if kind == "generate":
@@ -106,7 +106,7 @@ def memory(models: dict[str, nn.Module], method: str, arguments: argparse.Namesp
     """Bytes: peaks of a training step, and of one of the frozen model with a gradient for its embeddings."""
     peaks = {}
     for name, model in models.items():
-        inputs = inputs_for(method if name == "ours" else "lora", arguments.batch, arguments.seq)
+        inputs = inputs_for(model, method if name == "ours" else "lora", arguments.batch, arguments.seq)
         peaks[name] = peak_memory(training_step(model, inputs))
     frozen = models["total"]
     with frozen.disable_adapter():
@@ -117,9 +117,10 @@ def memory(models: dict[str, nn.Module], method: str, arguments: argparse.Namesp
     return {"peak_bytes": peaks, "ratio": ratio}
 
 
-def inputs_for(method: str, batch: int, seq: int) -> dict[str, torch.Tensor]:
+def inputs_for(model: nn.Module, method: str, batch: int, seq: int) -> dict[str, torch.Tensor]:
     """Random tokens, and tasks for the method that takes them."""
-    input_ids = torch.randint(10, 40000, (batch, seq), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(10, model.config.vocab_size, (batch, seq), generator=generator)
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **task_ids_of(method, batch)}
 
 
