@@ -54,7 +54,7 @@ def main() -> None:
                 for row in measure(method, shape, dtype, arguments.steps, arguments.rounds):
                     rows.append({"shape": shape, "dtype": dtype, "method": method, **row})
                     print(line(rows[-1]), flush=True)
-    write(arguments, rows, ("shape", "dtype", "method", "step"))
+                write(arguments, rows, ("shape", "dtype", "method", "step"))  # should the rest be interrupted
     print_memory(rows)
     for row in rows:
         if row["step"] == "memory":

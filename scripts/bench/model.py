@@ -66,7 +66,7 @@ def main() -> None:
                 row = {"dtype": dtype, "method": method, "step": step, **row, "target": target}
                 rows.append(row | {"met": target and round(ratio, 2) <= target})
                 print(line(row), flush=True)
-            write(arguments, rows, ("dtype", "method", "step"))  # what there is, should the rest be interrupted
+            write(arguments, rows, ("dtype", "method", "step"))  # should the rest be interrupted
             del models
 
 

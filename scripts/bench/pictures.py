@@ -95,7 +95,8 @@ def _bars(rows: list[Row], panels: list[list[tuple[str, str | None, Any, str]]])
     axes[0, 0].set_yticks(range(len(methods)), [LABELS[method] for method in methods])
     axes[0, 0].set_ylim(len(methods) - 0.5, -0.5)
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[dtype], label=DTYPE_LABELS[dtype]) for dtype in dtypes]
-    handles.append(Line2D([], [], color="black", marker="|", markersize=12, linestyle="", label="target"))
+    if any(row["target"] for row in rows if row["step"] in {step for of_row in panels for *_, step in of_row}):
+        handles.append(Line2D([], [], color="black", marker="|", markersize=12, linestyle="", label="target"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return figure
 

@@ -54,7 +54,7 @@ def main() -> None:
                     row = measure(method, tuple(arguments.shape), dtype, *sizes, rounds=arguments.rounds)
                     rows.append({"axis": axis, "dtype": dtype, "method": method, "factor": factor, **row})
                     print(line(rows[-1]), flush=True)
-    write(arguments, rows, ("axis", "dtype", "method", "factor"))
+                write(arguments, rows, ("axis", "dtype", "method", "factor"))  # should the rest be interrupted
 
 
 def measure(
