@@ -57,7 +57,7 @@ def main() -> None:
 def cases() -> list[tuple[str, str, str, str]]:
     """Subject, type, method and step of every row."""
     of_layer = [("layer", d, m, s) for d in ("fp32", "bf16") for m in LAYER for s in LAYER_STEPS]
-    return of_layer + [("model", "fp32", m, s) for m in model.METHODS for s in MODEL_STEPS]
+    return of_layer + [("model", "fp32", m, s) for m in model.METHODS if m != "lora" for s in MODEL_STEPS]
 
 
 def layer_costs(method: str, dtype: str, step: str) -> dict[str, float]:

@@ -10,6 +10,8 @@ per layer. All compared adapters take turns in one process; a ratio is the media
 half of the rounds. memory is counted, not measured: the peak of what the allocator gives out during a training step,
 beyond that of the frozen layer alone, and the tensors kept for backward.
 
+The method lora is a second stock LoRA, of rank 128, against the first: how far from 1 a ratio is for no reason.
+
 --dtype: fp32; bf16, base and adapter; bf16_fp32, the adapter in float32, which is peft's default.
 """
 
@@ -29,6 +31,7 @@ from torch import nn
 ROOT = Path(__file__).parents[2]
 SHAPES = {"576x1536": (576, 1536), "2048x5632": (2048, 5632)}
 STEPS = ["train", "prefill", "decode_1", "decode_8", "memory"]
+METHODS = [*LAYER, "lora"]
 TARGETS = ["proj"]
 DEPTH = 8  # layers that a single token goes through
 MIB = 2**20
@@ -38,7 +41,7 @@ def main() -> None:
     """Measure what was asked for, print tables, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, ROOT / "runs" / "bench" / "layer.json", rounds=15)
-    parser.add_argument("--method", choices=list(LAYER), nargs="+", default=list(LAYER))
+    parser.add_argument("--method", choices=METHODS, nargs="+", default=METHODS)
     parser.add_argument("--shape", choices=list(SHAPES), nargs="+", default=list(SHAPES))
     parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=list(DTYPES))
     parser.add_argument("--steps", choices=STEPS, nargs="+", default=STEPS)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from peft_moe import GroupedMoeConfig, MedMoeLoraConfig, MoeLoraConfig, MoLoraConfig, read_expert
@@ -28,6 +29,7 @@ LABELS = {
     "at_moe": "AT-MoE, 8 frozen r=16 + general",
     "at_moe_prompt": "AT-MoE, routed per prompt",
     "recording": "MoLoRA while it is recorded",
+    "lora": "stock LoRA, against itself",
 }
 Targets = str | Sequence[str]
 
@@ -90,6 +92,8 @@ def config_of(method: str, base: Callable[[], nn.Module], targets: Targets, **ch
         changes: further fields.
     """
     shared: dict[str, Any] = {"target_modules": targets, "lora_dropout": 0.0, "init_lora_weights": False, **changes}
+    if method == "lora":
+        return LoraConfig(**{"r": 128, "lora_alpha": 256} | shared)
     if method.startswith("moelora"):
         return MoeLoraConfig(**{"r": 64, "lora_alpha": 128, "num_experts": 8, "tasks": 8} | shared)
     if method.startswith("at_moe"):
@@ -127,6 +131,8 @@ def ranks_of(model: PeftModel, *, active: bool = False) -> dict[str, int]:
         if isinstance(layer, MoeLinear):
             ranks = sorted(layer.moelora_bank["default"].ranks, reverse=True)
             found[key] = sum(ranks[:top_k])
+        elif isinstance(layer, LoraLayer):
+            found[key] = layer.r["default"]
     return found
 
 

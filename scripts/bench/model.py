@@ -13,7 +13,8 @@ model.
 
 For moelora, rows have different tasks, in moelora_one_task the same; molora and medmoelora are as their papers have
 them; at_moe is 8 frozen experts of rank 16 in 3 groups and a general one, routed per token, and at_moe_prompt the same
-per prompt; recording, which runs only by its name, is molora while its routing is recorded, against molora.
+per prompt; recording, which runs only by its name, is molora while its routing is recorded, against molora; lora
+is a second stock LoRA, of rank 128, against the first: how far from 1 a ratio is for no reason.
 
 --dtype: fp32; bf16, base and adapter; bf16_fp32, the adapter in float32, which is peft's default.
 """
@@ -34,7 +35,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 ROOT = Path(__file__).parents[2]
-METHODS = ["moelora", "moelora_one_task", "molora", "medmoelora", "at_moe", "at_moe_prompt"]
+METHODS = ["moelora", "moelora_one_task", "molora", "medmoelora", "at_moe", "at_moe_prompt", "lora"]
 STEPS = ["train", "memory", "prefill", "decode_1", "decode_8", "generate_1", "generate_8"]
 TARGETS = "all-linear"
 MIB = 2**20

@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from math import ceil
 from pathlib import Path
+from random import Random
 from statistics import median, quantiles
 from typing import Any
 
 import torch
 
-SHORTEST = 20  # ms that a timing takes at least; shorter steps are repeated
+SHORTEST = 60  # ms that a timing takes at least; shorter steps are repeated
 
 
 def interleave(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -23,10 +24,9 @@ def interleave(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str,
     fastest = min(_time(steps[name], 1) for name in names)
     repeats = max(1, ceil(SHORTEST / min(fastest, *(_time(steps[name], 1) for name in names))))
     times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        shift = turn % len(names)
-        order = names[shift:] + names[:shift]
-        for name in order if turn // len(names) % 2 else reversed(order):
+    order = Random(0)
+    for _ in range(rounds):
+        for name in order.sample(names, len(names)):
             times[name].append(_time(steps[name], repeats))
     return times
 
