@@ -63,8 +63,8 @@ def test_a_layer_is_measured_in_every_step_and_drawn(run, tmp_path, monkeypatch)
     assert by_step["train"]["target"] == 1.03
     assert by_step["prefill"]["target"] is None
     assert f"| {LABELS['molora']} | train | " in out
-    written, _ = run(layer, *small, "--method", "moelora", "--steps", "prefill", "--keep")
-    assert len(written["rows"]) == 2 * len(layer.STEPS) + 1
+    written, _ = run(layer, *small, "--method", "moelora", "lora", "--steps", "prefill", "--keep")
+    assert len(written["rows"]) == 2 * len(layer.STEPS) + 2
     assert draw(tmp_path, monkeypatch) == {"layer.png", "layer-forward.png"}
 
 

@@ -19,10 +19,11 @@ SHORTEST = 60  # ms that a timing takes at least; shorter steps are repeated
 
 
 def interleave(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every step in every round; each round has another order, and an untimed round goes first."""
+    """Milliseconds of every step in every round; each round has an order of its own; two rounds go first."""
     names = list(steps)
-    fastest = min(_time(steps[name], 1) for name in names)
-    repeats = max(1, ceil(SHORTEST / min(fastest, *(_time(steps[name], 1) for name in names))))
+    for name in names:
+        steps[name]()
+    repeats = ceil(SHORTEST / min(_time(steps[name], 1) for name in names))
     times: dict[str, list[float]] = {name: [] for name in names}
     order = Random(0)
     for _ in range(rounds):
