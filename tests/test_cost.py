@@ -107,7 +107,7 @@ def test_targets_are_those_of_the_issue():
 
 # Each step's largest ratios to the stock LoRA: products, bytes written, operations; in training of a layer also bytes
 # kept for backward, and the peak beyond the frozen layer's. 3 % above what was counted with the versions of
-# constraints.txt, and 10 % for operations; `python scripts/bench/counts.py` prints what it is now.
+# constraints.txt, and 10 % for operations; `python scripts/bench/counts.py --limits` prints new ones.
 # fmt: off
 LIMITS = {
     ("layer", "fp32", "moelora"): {

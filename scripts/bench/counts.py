@@ -2,6 +2,7 @@
 
     python scripts/bench/counts.py
     python scripts/bench/counts.py --method molora at_moe --output runs/bench/counts.json
+    python scripts/bench/counts.py --limits
 
 All are ratios to a stock LoRA of the same total rank, and the same on every machine: tests/test_cost.py holds them
 against limits. A layer is 576 → 1536 and sees 4 × 64 tokens, or one token for each of 4 rows (decode); the model is a
@@ -9,12 +10,15 @@ Llama of three layers, hidden size 192 and feed-forward size 512, that sees 4 ×
 generates 8 after 8 (generate). Products are what multiplies matrices, two operations for each multiplication; written
 are the bytes of all results but views; operations are calls of PyTorch's dispatcher, views included; kept are the bytes
 saved for backward beside the layer's input; peak is the most bytes at one time beyond the frozen layer's.
+
+--limits prints them as LIMITS of the test, with its slack.
 """
 
 import argparse
 import json
 from collections.abc import Callable
 from functools import cache
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +36,15 @@ SHAPE = (576, 1536)
 LAYER_STEPS = ["train", "prefill", "decode"]
 MODEL_STEPS = ["train", "prefill", "decode", "generate"]
 COLUMNS = ["products", "written", "operations", "kept", "peak"]
+SLACK = {"operations": 1.1}  # 1.03 for all else
 
 
 def main() -> None:
     """Print the table, and write JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON to write")
-    parser.add_argument("--method", choices=model.METHODS + list(LAYER), nargs="+")
+    parser.add_argument("--method", choices=sorted({method for _, _, method, _ in cases()}), nargs="+")
+    parser.add_argument("--limits", action="store_true", help="print limits for tests/test_cost.py too")
     arguments = parser.parse_args()
     print(f"| | type | method | step | {' | '.join(COLUMNS)} |\n|---|---|---|---|{'---|' * len(COLUMNS)}")
     rows = []
@@ -49,9 +55,24 @@ def main() -> None:
         rows.append({"subject": subject, "dtype": dtype, "method": method, "step": step, **row})
         cells = [f"{row[name]:.3f}" if name in row else "–" for name in COLUMNS]
         print(f"| {subject} | {dtype} | {method} | {step} | {' | '.join(cells)} |", flush=True)
+    if arguments.limits:
+        print_limits(rows)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+
+
+def print_limits(rows: list[dict[str, Any]]) -> None:
+    """Rows as limits: what was counted and the slack, rounded up."""
+    before = None
+    for row in rows:
+        case = (row["subject"], row["dtype"], row["method"])
+        if case != before:
+            print(("" if before is None else "},\n") + f"{json.dumps(case).replace('[', '(').replace(']', ')')}: {{")
+        before = case
+        limits = [f"{ceil(100 * SLACK.get(name, 1.03) * row[name]) / 100:.2f}" for name in COLUMNS if name in row]
+        print(f'    "{row["step"]}": ({", ".join(limits)}),')
+    print("},")
 
 
 def cases() -> list[tuple[str, str, str, str]]:
