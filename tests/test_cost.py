@@ -231,7 +231,6 @@ LIMITS = {
 
 
 @pytest.mark.parametrize(("subject", "dtype", "method"), LIMITS)
-@pytest.mark.filterwarnings("ignore:.*calls with different number of ")
 def test_a_step_costs_no_more_than_its_limit(subject, dtype, method):
     measure = counts.layer_costs if subject == "layer" else counts.model_costs
     over = {}
