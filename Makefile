@@ -2,9 +2,10 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+BENCH_OUT ?= runs/bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow conformance quality style
+.PHONY: help demo test test-slow conformance bench quality style
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -20,6 +21,11 @@ test-slow: $(VENV)/.test-stamp  ## every test
 
 conformance: $(VENV)/.test-stamp  ## peft's own tests against our configs; PEFT_SRC=checkout of peft at the installed version
 	$(BIN)/python scripts/conformance.py $(CONFORMANCE_ARGS)
+
+bench: $(VENV)/.test-stamp  ## time and memory beside stock LoRA, for hours; BENCH_OUT=where BENCH_ARGS="--rounds 3"
+	@$(BIN)/python scripts/get_model.py
+	@set -e; for part in layer scaling model; do $(BIN)/python scripts/bench/$$part.py --output $(BENCH_OUT)/$$part.json $(BENCH_ARGS); done
+	@$(BIN)/python scripts/bench/pictures.py $(BENCH_OUT)
 
 quality: $(VENV)/.quality-stamp  ## lint, format and types, as CI checks them
 	$(BIN)/ruff check .

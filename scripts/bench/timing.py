@@ -1,0 +1,93 @@
+"""Times of steps that are to be compared: in turns, in one process, as ratios within a round."""
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from math import ceil
+from pathlib import Path
+from random import Random
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+SHORTEST = 60  # ms that a timing takes at least; shorter steps are repeated
+
+
+def interleave(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of every step in every round; each round has an order of its own; two rounds go first."""
+    names = list(steps)
+    for name in names:
+        steps[name]()
+    repeats = ceil(SHORTEST / min(_time(steps[name], 1) for name in names))
+    times: dict[str, list[float]] = {name: [] for name in names}
+    order = Random(0)
+    for _ in range(rounds):
+        for name in order.sample(names, len(names)):
+            times[name].append(_time(steps[name], repeats))
+    return times
+
+
+def _time(step: Callable[[], Any], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    return 1e3 * (time.perf_counter() - start) / repeats
+
+
+def summary(times: Mapping[str, list[float]], ours: str = "ours") -> dict[str, Any]:
+    """Medians of the times, and of the ratios of ours to each other within a round, with their quartiles."""
+    ratios = {}
+    for name in times:
+        if name != ours:
+            of_rounds = [mine / theirs for mine, theirs in zip(times[ours], times[name], strict=True)]
+            low, _, high = quantiles(of_rounds, n=4, method="inclusive")
+            ratios[name] = {"median": median(of_rounds), "quartiles": [low, high]}
+    return {"ms": {name: median(of_name) for name, of_name in times.items()}, "ratios": ratios}
+
+
+def shown(row: Mapping[str, Any], name: str) -> str:
+    """A cell of a table: a ratio and the middle half of its rounds."""
+    if name not in row["ratios"]:
+        return "–"
+    ratio = row["ratios"][name]
+    low, high = ratio["quartiles"]
+    return f"{ratio['median']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def add_options(parser: argparse.ArgumentParser, output: Path, *, rounds: int) -> None:
+    """The options that all benchmarks share."""
+    parser.add_argument("--output", type=Path, default=output, help="JSON to write")
+    parser.add_argument("--keep", action="store_true", help="keep the rows of --output that this run does not measure")
+    parser.add_argument("--rounds", type=int, default=rounds, help="at least 2")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+
+
+def write(arguments: argparse.Namespace, rows: list[dict[str, Any]], names: tuple[str, ...]) -> None:
+    """Write the rows and what they were measured with.
+
+    Args:
+        arguments: of the command.
+        rows: what was measured.
+        names: the fields that tell rows apart.
+    """
+    path: Path = arguments.output
+    if arguments.keep and path.exists():
+        measured = {tuple(row.get(name) for name in names) for row in rows}
+        before = json.loads(path.read_text())["rows"]
+        rows = [row for row in before if tuple(row.get(name) for name in names) not in measured] + rows
+    path.parent.mkdir(parents=True, exist_ok=True)
+    machine = {
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "peft", "transformers")},
+    }
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "keep")}
+    found = {"settings": settings, "machine": machine, "rows": rows}
+    path.write_text(json.dumps(found, default=str, indent=1, ensure_ascii=False) + "\n")

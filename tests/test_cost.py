@@ -1,0 +1,250 @@
+"""What the methods cost beside stock LoRA of the same total rank, counted and held against limits; nothing is timed."""
+
+import counts
+import layer
+import pytest
+import torch
+from counting import count, peak_memory, saved_for_backward
+from methods import Layers, adapt, stock_lora
+from targets import target_of, verdict
+from timing import interleave, summary
+
+IN, OUT, TOKENS, R = 24, 64, 120, 4
+
+# Matrices of the products below, and what these cost by hand: two operations for each multiplication.
+A, B = torch.ones(12, 4), torch.ones(4, 8)
+STACK = torch.ones(2, 4, 8)
+ENDS = torch.tensor([3, 12], dtype=torch.int32)  # of two groups
+PRODUCTS = {
+    "mm": (lambda: A @ B, 2 * 12 * 4 * 8),
+    "addmm in place": (lambda: torch.zeros(12, 8).addmm_(A, B), 2 * 12 * 4 * 8),
+    "mm into a tensor": (lambda: torch.mm(A, B, out=torch.zeros(12, 8)), 2 * 12 * 4 * 8),
+    "bmm": (lambda: A.expand(2, 12, 4).bmm(STACK), 2 * 2 * 12 * 4 * 8),
+    "baddbmm in place": (lambda: torch.zeros(2, 12, 8).baddbmm_(A.expand(2, 12, 4), STACK), 2 * 2 * 12 * 4 * 8),
+    "mv": (lambda: A @ B[:, 0], 2 * 12 * 4),
+    "dot": (lambda: A[0] @ B[:, 0], 2 * 4),
+    "linear": (lambda: torch.nn.functional.linear(A, B.T), 2 * 12 * 4 * 8),
+    "linear with a bias": (lambda: torch.nn.functional.linear(A, B.T, B[0]), 2 * 12 * 4 * 8),
+    "linear with leading axes": (lambda: torch.nn.functional.linear(A.expand(2, 12, 4), B.T), 2 * 2 * 12 * 4 * 8),
+    "einsum": (lambda: torch.einsum("nk,ekm->nem", A, STACK), 2 * 2 * 12 * 4 * 8),
+    "groups of rows": (lambda: torch.nn.functional.grouped_mm(A, STACK, offs=ENDS), 2 * 12 * 4 * 8),
+    "groups of columns": (lambda: torch.nn.functional.grouped_mm(A.T, A, offs=ENDS), 2 * 4 * 12 * 4),
+    "no product": (lambda: A * 2 + A.sum(), 0),
+}
+
+
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_products_are_counted_as_by_hand(case):
+    product, expected = PRODUCTS[case]
+    assert count(product).flops == expected
+
+
+def test_written_bytes_are_those_of_results_that_are_no_views():
+    a, b = torch.ones(5, 4), torch.ones(4)
+    one = 5 * 4 * 4  # bytes
+    for step, written, allocated, operations in [
+        (lambda: a + b, one, one, 1),
+        (lambda: a.add_(b), one, 0, 1),
+        (lambda: a.view(20)[2:].unsqueeze(0), 0, 0, 3),
+        (lambda: a.topk(2, dim=-1), 5 * 2 * (4 + 8), 5 * 2 * (4 + 8), 1),
+        (lambda: a.to(torch.bfloat16), one // 2, one // 2, 1),
+    ]:
+        costs = count(step)
+        assert (costs.written, costs.allocated, costs.operations) == (written, allocated, operations)
+
+
+def test_what_may_hold_products_unseen_is_refused():
+    @torch.library.custom_op("peft_moe_tests::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x + x
+
+    with pytest.raises(NotImplementedError, match=r"peft_moe_tests\.twice.* nobody counts"):
+        count(lambda: twice(A))
+
+
+@pytest.fixture
+def stock() -> torch.nn.Module:
+    base = Layers(IN, OUT).requires_grad_(False)
+    return adapt(base, stock_lora({"layers.0.proj": R}, layer.TARGETS), "fp32")
+
+
+def test_a_stock_lora_costs_what_it_does_by_hand(stock):
+    base = Layers(IN, OUT).requires_grad_(False)
+    x = torch.randn(2, TOKENS // 2, IN)
+    of_base, of_lora = (layer.training_step(model, x, "lora") for model in (base, stock))
+    assert count(of_base).flops == 2 * 2 * TOKENS * IN * OUT  # forward, and the gradient of x
+    assert count(of_lora).flops == 2 * 2 * TOKENS * IN * OUT + 3 * 2 * TOKENS * R * (IN + OUT)
+    assert peak_memory(of_base) == 4 * TOKENS * (IN + OUT)  # output, gradient of x
+    # in its forward: x A; the outputs of the base, of B, and of B scaled
+    assert peak_memory(of_lora) == pytest.approx(4 * TOKENS * (R + 3 * OUT), abs=16)  # and the scaling
+    x.requires_grad_()
+    assert saved_for_backward(lambda: stock(x), [x, *stock.parameters()]) == {f"{TOKENS} × {R} float32": 4 * TOKENS * R}
+
+
+def test_all_take_turns_and_ratios_are_those_within_a_round():
+    calls = []
+    times = interleave({name: lambda n=name: calls.append(n) for name in ("total", "ours")}, rounds=3)
+    assert {name: len(of_name) for name, of_name in times.items()} == {"total": 3, "ours": 3}
+    assert calls.count("total") == calls.count("ours")
+    found = summary({"total": [1.0, 2.0, 4.0], "ours": [2.0, 2.0, 2.0]})
+    assert found == {"ms": {"total": 2.0, "ours": 2.0}, "ratios": {"total": {"median": 1.0, "quartiles": [0.75, 1.5]}}}
+
+
+def test_targets_are_those_of_the_issue():
+    for subject, method, dtype, step, target in [
+        ("layer", "molora_k1_r64", "fp32", "train", 0.6),
+        ("layer", "molora_k1_r64", "bf16", "train", 0.72),
+        ("layer", "molora_k1_r64", "bf16_fp32", "memory", 1.0),
+        ("layer", "molora", "fp32", "prefill", None),
+        ("model", "at_moe_prompt", "bf16_fp32", "decode_8", 1.08),
+        ("model", "recording", "fp32", "train", None),
+    ]:
+        assert target_of(subject, method, dtype, step) == target
+    assert verdict(1.034, 1.03) == "1.03, met"  # as printed
+    assert verdict(1.036, 1.03) == "1.03, missed"
+    assert verdict(1.5, None) == "–"
+
+
+# Each step's largest ratios to the stock LoRA: products, bytes written, operations; in training of a layer also bytes
+# kept for backward, and the peak beyond the frozen layer's. 3 % above what was counted with the versions of
+# constraints.txt, and 10 % for operations; `python scripts/bench/counts.py --limits` prints new ones.
+# fmt: off
+LIMITS = {
+    ("layer", "fp32", "moelora"): {
+        "train": (1.04, 0.74, 2.18, 2.09, 1.06),
+        "prefill": (1.04, 0.79, 2.60),
+        "decode": (1.04, 0.81, 2.60),
+    },
+    ("layer", "fp32", "moelora_one_task"): {
+        "train": (1.04, 0.74, 2.18, 2.09, 1.06),
+        "prefill": (1.04, 0.79, 2.60),
+        "decode": (1.04, 0.81, 2.60),
+    },
+    ("layer", "fp32", "molora"): {
+        "train": (1.04, 0.90, 2.15, 2.18, 1.09),
+        "prefill": (1.04, 0.81, 2.05),
+        "decode": (1.04, 0.81, 2.05),
+    },
+    ("layer", "fp32", "molora_k1_r64"): {
+        "train": (1.04, 1.01, 2.15, 2.09, 1.04),
+        "prefill": (1.04, 0.88, 2.05),
+        "decode": (1.04, 0.88, 2.05),
+    },
+    ("layer", "fp32", "molora_k2_r64"): {
+        "train": (1.04, 1.01, 2.15, 2.09, 1.04),
+        "prefill": (1.04, 0.88, 2.05),
+        "decode": (1.04, 0.88, 2.05),
+    },
+    ("layer", "fp32", "molora_n32"): {
+        "train": (1.05, 1.03, 2.15, 2.14, 1.05),
+        "prefill": (1.04, 0.90, 2.05),
+        "decode": (1.04, 0.90, 2.05),
+    },
+    ("layer", "fp32", "medmoelora"): {
+        "train": (1.04, 0.92, 3.25, 3.23, 1.15),
+        "prefill": (1.04, 0.83, 1.97),
+        "decode": (1.04, 0.83, 1.97),
+    },
+    ("layer", "fp32", "at_moe"): {
+        "train": (0.93, 1.03, 4.12, 1.35, 1.06),
+        "prefill": (1.04, 0.83, 4.41),
+        "decode": (1.04, 0.83, 4.41),
+    },
+    ("layer", "bf16", "moelora"): {
+        "train": (1.04, 0.74, 2.29, 2.09, 1.08),
+        "prefill": (1.04, 0.79, 2.75),
+        "decode": (1.04, 0.81, 2.75),
+    },
+    ("layer", "bf16", "moelora_one_task"): {
+        "train": (1.04, 0.74, 2.29, 2.09, 1.08),
+        "prefill": (1.04, 0.79, 2.75),
+        "decode": (1.04, 0.81, 2.75),
+    },
+    ("layer", "bf16", "molora"): {
+        "train": (1.04, 1.13, 2.37, 11.79, 1.77),
+        "prefill": (1.04, 1.01, 2.36),
+        "decode": (1.04, 1.39, 2.36),
+    },
+    ("layer", "bf16", "molora_k1_r64"): {
+        "train": (1.04, 1.19, 2.37, 4.48, 1.25),
+        "prefill": (1.04, 1.07, 2.36),
+        "decode": (1.04, 1.42, 2.36),
+    },
+    ("layer", "bf16", "molora_k2_r64"): {
+        "train": (1.04, 1.19, 2.37, 4.50, 1.25),
+        "prefill": (1.04, 1.07, 2.36),
+        "decode": (1.04, 1.43, 2.36),
+    },
+    ("layer", "bf16", "molora_n32"): {
+        "train": (1.05, 1.24, 2.37, 4.76, 1.28),
+        "prefill": (1.04, 1.12, 2.36),
+        "decode": (1.04, 2.53, 2.36),
+    },
+    ("layer", "bf16", "medmoelora"): {
+        "train": (1.04, 1.16, 3.47, 12.40, 1.65),
+        "prefill": (1.04, 1.04, 2.28),
+        "decode": (1.04, 1.45, 2.28),
+    },
+    ("layer", "bf16", "at_moe"): {
+        "train": (0.93, 1.50, 4.32, 10.19, 1.50),
+        "prefill": (1.04, 1.05, 4.64),
+        "decode": (1.04, 1.56, 4.64),
+    },
+    ("model", "fp32", "moelora"): {
+        "train": (1.04, 0.95, 1.67),
+        "prefill": (1.04, 0.92, 1.39),
+        "decode": (1.04, 0.98, 1.39),
+        "generate": (1.04, 0.94, 1.34),
+    },
+    ("model", "fp32", "moelora_one_task"): {
+        "train": (1.04, 0.95, 1.67),
+        "prefill": (1.04, 0.92, 1.39),
+        "decode": (1.04, 0.98, 1.39),
+        "generate": (1.04, 0.94, 1.34),
+    },
+    ("model", "fp32", "molora"): {
+        "train": (1.05, 1.02, 1.42),
+        "prefill": (1.04, 0.93, 1.36),
+        "decode": (1.04, 0.98, 1.36),
+        "generate": (1.04, 0.95, 1.35),
+    },
+    ("model", "fp32", "medmoelora"): {
+        "train": (1.05, 1.09, 2.71),
+        "prefill": (1.05, 0.98, 1.65),
+        "decode": (1.05, 1.00, 1.66),
+        "generate": (1.05, 0.99, 1.62),
+    },
+    ("model", "fp32", "at_moe"): {
+        "train": (0.82, 0.92, 1.40),
+        "prefill": (1.04, 0.98, 1.58),
+        "decode": (1.04, 1.00, 1.58),
+        "generate": (1.04, 0.99, 1.55),
+    },
+    ("model", "fp32", "at_moe_prompt"): {
+        "train": (0.82, 0.91, 1.50),
+        "prefill": (1.04, 0.97, 1.74),
+        "decode": (1.03, 1.00, 1.36),
+        "generate": (1.04, 0.98, 1.39),
+    },
+}
+# fmt: on
+
+
+@pytest.mark.parametrize(("subject", "dtype", "method"), LIMITS)
+def test_a_step_costs_no_more_than_its_limit(subject, dtype, method):
+    measure = counts.layer_costs if subject == "layer" else counts.model_costs
+    over = {}
+    for step, limits in LIMITS[subject, dtype, method].items():
+        costs = measure(method, dtype, step)
+        columns = counts.COLUMNS if step == "train" and subject == "layer" else counts.COLUMNS[:3]
+        assert list(costs) == columns
+        over |= {
+            f"{step}, {name}": f"{costs[name]:.3f} > {limit}"
+            for name, limit in zip(columns, limits, strict=True)
+            if costs[name] > limit
+        }
+    assert not over
+
+
+def test_every_case_has_its_limits():
+    assert {(*case, step) for case, steps in LIMITS.items() for step in steps} == set(counts.cases())
