@@ -222,8 +222,8 @@ def test_a_second_derivative_is_a_clear_error():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"r": 4}, r"a \(15, 12\) and b \(20, 15\) are no experts of rank 4"),
-        ({"r": 0}, "are no experts of rank 0"),
+        ({"r": 4}, r"a \(15, 12\) and b \(20, 15\) are no experts of rank r=4"),
+        ({"r": 0}, "are no experts of rank r=0"),
         ({"b": torch.zeros(20, 12)}, r"b \(20, 12\)"),
         ({"experts": torch.full((23, 2), 5)}, "experts has 5, but the bank's experts are 0 to 4"),
     ],
@@ -231,3 +231,22 @@ def test_a_second_derivative_is_a_clear_error():
 def test_what_is_not_a_bank_or_not_in_it_is_an_error(change, message):
     with pytest.raises(ValueError, match=message):
         add_experts(**make() | change, writable=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, True),
+        ({"k": 8}, False),  # all experts: nothing is spared
+        ({"r": 2}, False),
+        ({"tokens": 8}, False),  # decoding
+        ({"dtype": torch.bfloat16}, True),
+        ({"dtype": torch.bfloat16, "k": 2}, False),  # moving rows costs as much as it spares
+        ({"dtype": torch.float64}, False),  # not measured
+        ({"device": torch.device("meta")}, False),
+    ],
+    ids=str,
+)
+def test_where_it_pays(change, expected):
+    case = {"tokens": 1024, "num_experts": 8, "k": 1, "r": 64, "dtype": torch.float32, "device": torch.device("cpu")}
+    assert pays(**case | change) is expected

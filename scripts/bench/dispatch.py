@@ -34,7 +34,9 @@ class DenseExperts(torch.autograd.Function):
     """All experts in one product, those not chosen weighed with 0, added to `out` in place."""
 
     @staticmethod
-    def forward(ctx: Any, out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, gates: torch.Tensor):  # noqa: ANN205
+    def forward(
+        ctx: Any, out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, gates: torch.Tensor
+    ) -> torch.Tensor:
         ctx.mark_dirty(out)
         z = x @ a.T
         gates = gates.to(z.dtype).unsqueeze(-1)

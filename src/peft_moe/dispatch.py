@@ -2,17 +2,15 @@
 
 Shapes: t tokens · K experts of each token · E experts · r rank of every expert · a (E·r, in) · b (out, E·r)
 
-The (token, expert) pairs are put in order of their experts. Each expert gets a row of slots, its pairs at the start of it
-and empty slots (weight 0) at the end, as many as its neighbours, so that a few experts make one batched product. Empty
-slots are 5 to 15 % where routing is balanced. They are also what makes lengths repeat: on CPUs a bfloat16 product of a
-shape that was not seen before costs about a millisecond of code generation, and every batch has other loads.
+The (token, expert) pairs are put in order of their experts. Each expert gets a row of slots, its pairs at the start of
+it and empty slots (weight 0) at the end, as many as its neighbours, so that a few experts make one batched product.
+Where routing is balanced, a tenth to a quarter of the slots is empty. They are also what makes lengths repeat: a CPU
+takes a millisecond to prepare a bfloat16 product of a new shape, and every batch has other loads.
 
-Operations, multiply-adds of forward and backward per token: the dense product takes 3·E·r·(in + out), this one
-3·K·r·(in + out) and the empty slots. What it takes in addition is traffic, per token in elements: K·in read twice and K·out
-once out of order (x and the gradient to their slots), K·out added to `out` and K·in to the gradient of x row by row,
-and E·r·out in all for B's columns of an expert, copied together before a product in each direction. None of
-this shrinks with r or E, so it pays where (E - K)·r is large next to K, later in bfloat16, whose products cost less
-while rows cost the same to move: see `pays`.
+What a training step costs, in multiply-adds per token: 3·E·r·(in + out) densely, and here 3·K·r·(in + out) and as much
+of that again as slots are empty. Here rows are moved in addition, in numbers per token: K·in read twice, K·out once
+(x and the gradient, to their slots), K·out and K·in added (to `out` and to the gradient of x). Per step B is copied
+twice. Moving is the limit in bfloat16, whose products cost a sixth of float32's while rows cost half.
 """
 
 from __future__ import annotations
@@ -46,8 +44,8 @@ def add_experts(
 ) -> torch.Tensor:
     """Add `Σ_k weights[t, k] · B_e A_e x[t]`, e = experts[t, k], to out[t].
 
-    Differentiable once, for everything but `experts`. Kept for backward: x, a, b, and r numbers and two indices per slot.
-    The loads are read to the host: torch.compile breaks its graph here, and devices other than the CPU wait.
+    Differentiable once, for everything but `experts`. Kept for backward: x, a, b, and per slot r numbers and two
+    indices. Loads are read to the host: torch.compile breaks its graph here, and devices other than the CPU wait.
 
     Args:
         out: (..., out), any leading axes, the same in x, weights and experts.
@@ -66,7 +64,8 @@ def add_experts(
     """
     if r < 1 or a.shape[0] % r or a.shape[0] != b.shape[1]:
         raise ValueError(
-            f"a {tuple(a.shape)} and b {tuple(b.shape)} are no experts of rank {r}: a has E·r rows and b as many columns."
+            f"a {tuple(a.shape)} and b {tuple(b.shape)} are no experts of rank r={r}: "
+            "a must have E·r rows, and b as many columns; pass the rank of one expert."
         )
     if torch.is_autocast_enabled(out.device.type) and a.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(out.device.type)
@@ -74,11 +73,22 @@ def add_experts(
     return _AddExperts.apply(out, x, a, b, weights, experts, r, writable)
 
 
-def pays(
-    *, tokens: int, num_experts: int, k: int, r: int, dtype: torch.dtype, device: torch.device, trained: bool = True
-) -> bool:
-    """PLACEHOLDER"""
-    return False
+def pays(*, tokens: int, num_experts: int, k: int, r: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `add_experts` is faster than the dense product in a training step, as scripts/bench/dispatch.py has it.
+
+    Each token is spared (E - K)·r ranks and has its rows moved K times: the ratio of the two decides. A step has a
+    fixed cost too, which few tokens do not pay back. Other devices and types were not measured: False.
+
+    Args:
+        tokens: rows of x.
+        num_experts, k, r: E, K, and the rank of each expert.
+        dtype: of the bank.
+        device: where it is.
+    """
+    spared = {torch.float32: 48, torch.bfloat16: 256}.get(dtype)
+    if device.type != "cpu" or spared is None:
+        return False
+    return tokens >= 256 and (num_experts - k) * r >= spared * k
 
 
 def add_experts_reference(
