@@ -128,15 +128,14 @@ def _room(load: int) -> int:
     return max(1, -(-load // step)) * step
 
 
-def _plan(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, list[_Group]]:
+def _plan(experts: torch.Tensor, num_experts: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, list[_Group]]:
     """The slot of each pair (t·K,), the token of each slot (token 0 for empty ones), and the groups of experts."""
-    (num_tokens, k), pairs = experts.shape, experts.flatten()
+    k, pairs = experts.shape[1], experts.flatten()
     loads = torch.bincount(pairs, minlength=num_experts)
     sizes = loads.tolist()
     if len(sizes) > num_experts:
         raise ValueError(f"experts has {len(sizes) - 1}, but the bank's experts are 0 to {num_experts - 1}.")
-    # All experts in one product if K = 1 and loads are balanced, and no buffer much larger than a layer's output.
-    groups = _group(sizes, num_tokens * 5 // 4) if num_tokens else []
+    groups = _group(sizes, rows) if len(pairs) else []
     shifts, before = [], 0
     for which, slots, room in groups:
         for place, size in enumerate(sizes[which]):
@@ -191,14 +190,15 @@ def _gradients_of_h_and_b(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """gh (slots, r) from g (t, out), and gb (out, E·r) unless h is None: both in one reading of g."""
     gh, gb = b.new_empty(len(tokens), r), None
-    b_of = gb_of = b.unflatten(1, (-1, r)).transpose(0, 1)
-    if h is not None:
-        gb = (torch.empty_like if groups else torch.zeros_like)(b)
-        gb_of = gb.unflatten(1, (-1, r)).transpose(0, 1)
+    b_of = b.unflatten(1, (-1, r)).transpose(0, 1)
+    if h is not None and not groups:
+        gb = torch.zeros_like(b)
     for gs, (which, slots, room) in _gather(g, tokens, groups):
         gs = gs.to(b.dtype)
         torch.bmm(gs, b_of[which].contiguous(), out=gh[slots].view(-1, room, r))
         if h is not None:
+            gb = torch.empty_like(b) if gb is None else gb  # not before the copy of B's columns is gone
+            gb_of = gb.unflatten(1, (-1, r)).transpose(0, 1)
             torch.bmm(gs.transpose(1, 2), h[slots].view(-1, room, r), out=gb_of[which])
     return gh, gb
 
@@ -260,7 +260,9 @@ class _AddExperts(torch.autograd.Function):
         else:
             out = out.clone(memory_format=torch.contiguous_format)
         flat_out, flat_x = out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1])
-        slot_of_pair, tokens, groups = _plan(experts.reshape(-1, experts.shape[-1]), a.shape[0] // r)
+        # All experts in one product if K = 1 and loads are balanced, and no buffer much larger than the layer's output.
+        rows = len(flat_x) * 5 // 4 * min(x.shape[-1], out.shape[-1]) // x.shape[-1]
+        slot_of_pair, tokens, groups = _plan(experts.reshape(-1, experts.shape[-1]), a.shape[0] // r, rows)
         slot_weights = a.new_zeros(len(tokens)).scatter_(0, slot_of_pair, weights.flatten().to(a.dtype)).unsqueeze(1)
         z = _project(flat_x, a, r, tokens=tokens, groups=groups)
         _add_outputs(flat_out, z * slot_weights, b, tokens=tokens, groups=groups)
@@ -300,5 +302,6 @@ class _AddExperts(torch.autograd.Function):
         if need_x:
             shape, dtype = ctx.x
             flat_shape = torch.Size([shape[:-1].numel(), shape[-1]])
-            gx = _gradient_of_x(gz, a, slot_of_pair, flat_shape, dtype, **where).view(shape)
+            gx = _gradient_of_x(gz, a, slot_of_pair, flat_shape, dtype, **where)
+            gx.resize_(shape)  # no view, so that autograd can add the base layer's gradient in place
         return g if need_out else None, gx, ga, gb, gw, None, None, None
