@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--warmup", type=int, default=25, help="steps before the rounds, each with its own routing")
+    parser.add_argument("--skew", type=float, default=0.0, help="how much likelier (in logits) the last expert is")
     parser.add_argument("--memory", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -80,7 +81,8 @@ def main() -> None:
                 for experts in arguments.experts.split(","):
                     n, m = map(int, shape.split("x"))
                     e, k, r = map(int, experts.split(":"))
-                    steps = make_steps(n=n, m=m, num_experts=e, k=k, r=r, tokens=tokens, dtype=getattr(torch, dtype))
+                    sizes = {"n": n, "m": m, "num_experts": e, "k": k, "r": r, "tokens": tokens}
+                    steps = make_steps(**sizes, dtype=getattr(torch, dtype), skew=arguments.skew)
                     label = f"| {shape}, {dtype} | {experts}, {tokens} | "
                     row = {"shape": shape, "dtype": dtype, "experts": experts, "tokens": tokens}
                     if arguments.memory:
@@ -109,7 +111,7 @@ def main() -> None:
 
 
 def make_steps(
-    *, n: int, m: int, num_experts: int, k: int, r: int, tokens: int, dtype: torch.dtype
+    *, n: int, m: int, num_experts: int, k: int, r: int, tokens: int, dtype: torch.dtype, skew: float
 ) -> dict[str, Callable[[], None]]:
     """A training step of the base layer, of stock LoRA, and of both ways of adding experts."""
     torch.manual_seed(0)
@@ -121,7 +123,7 @@ def make_steps(
     x, g = torch.randn(tokens, n, dtype=dtype, requires_grad=True), torch.randn(tokens, m, dtype=dtype)
 
     def route() -> tuple[torch.Tensor, torch.Tensor]:
-        scores, experts = torch.randn(tokens, num_experts).topk(k)
+        scores, experts = (torch.randn(tokens, num_experts) + torch.linspace(0, skew, num_experts)).topk(k)
         return scores.softmax(-1).requires_grad_(), experts
 
     def step(forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
