@@ -241,6 +241,8 @@ def test_what_is_not_a_bank_or_not_in_it_is_an_error(change, message):
         ({"r": 2}, False),
         ({"tokens": 8}, False),  # decoding
         ({"dtype": torch.bfloat16}, True),
+        ({"dtype": torch.bfloat16, "tokens": 256}, False),
+        ({"k": 2, "r": 16}, False),
         ({"dtype": torch.bfloat16, "k": 2}, False),  # moving rows costs as much as it spares
         ({"dtype": torch.float64}, False),  # not measured
         ({"device": torch.device("meta")}, False),
