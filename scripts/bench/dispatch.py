@@ -1,0 +1,191 @@
+"""Where computing only each token's experts pays: time of it over the dense product, and of both over stock LoRA.
+
+    python scripts/bench/dispatch.py --output runs/dispatch.json
+    python scripts/bench/dispatch.py --threads 1 --dtype bfloat16 --shape 576x1536 --experts 8:1:64,8:2:64
+    python scripts/bench/dispatch.py --memory
+
+Forward and backward of a frozen linear layer with the experts, in one process, interleaved; medians over rounds. Every
+step has another routing, as in training: shapes that differ from step to step are part of the price. `dense` is the
+fused dense product in place, `LoRA` is peft's layer of rank E·r. `pays` is what the rule says. `--memory` prints the
+peak of the allocations of one step beyond what the base layer alone has, in MiB (from torch.profiler).
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from peft_moe.dispatch import add_experts, pays
+
+ROOT = Path(__file__).parents[2]
+GRID = "8:1:16,8:1:64,8:2:16,8:2:32,8:2:64,8:2:128,16:2:16,32:2:16,32:2:32"
+
+
+class DenseExperts(torch.autograd.Function):
+    """All experts in one product, those not chosen weighed with 0, added to `out` in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, gates: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.mark_dirty(out)
+        z = x @ a.T
+        gates = gates.to(z.dtype).unsqueeze(-1)
+        out.addmm_((z.unflatten(1, (gates.shape[1], -1)) * gates).flatten(1), b.T)
+        ctx.save_for_backward(x, a, b, z, gates)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, a, b, z, gates = ctx.saved_tensors
+        z = z.unflatten(1, (gates.shape[1], -1))
+        gh = (g @ b).view(z.shape)
+        gz = (gh * gates).flatten(1)
+        return g, gz @ a, gz.T @ x, g.T @ (z * gates).flatten(1), (gh * z).sum(-1, dtype=torch.float32)
+
+
+def main() -> None:
+    """Measure the grid, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "dispatch.json")
+    parser.add_argument("--experts", default=GRID, help="E:K:r, separated by commas")
+    parser.add_argument("--tokens", default="1024", help="numbers of tokens, separated by commas")
+    parser.add_argument("--dtype", default="float32,bfloat16")
+    parser.add_argument("--shape", default="576x1536,2048x5632", help="inputs x outputs, separated by commas")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--warmup", type=int, default=25, help="steps before the rounds, each with its own routing")
+    parser.add_argument("--skew", type=float, default=0.0, help="how much likelier (in logits) the last expert is")
+    parser.add_argument("--memory", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = []
+    if arguments.memory:
+        print("| layer | E:K:r, tokens | dispatched, MiB | dense | LoRA |\n|---|---|---|---|---|")
+    else:
+        print("| layer | E:K:r, tokens | dispatched / dense | middle half | pays | dispatched / LoRA | dense / LoRA |")
+        print("|---|---|---|---|---|---|---|")
+    for dtype in arguments.dtype.split(","):
+        for shape in arguments.shape.split(","):
+            for tokens in map(int, arguments.tokens.split(",")):
+                for experts in arguments.experts.split(","):
+                    n, m = map(int, shape.split("x"))
+                    e, k, r = map(int, experts.split(":"))
+                    sizes = {"n": n, "m": m, "num_experts": e, "k": k, "r": r, "tokens": tokens}
+                    steps = make_steps(**sizes, dtype=getattr(torch, dtype), skew=arguments.skew)
+                    label = f"| {shape}, {dtype} | {experts}, {tokens} | "
+                    row = {"shape": shape, "dtype": dtype, "experts": experts, "tokens": tokens}
+                    if arguments.memory:
+                        peaks = {name: peak(step) for name, step in steps.items()}
+                        row |= {name: (peaks[name] - peaks["base"]) / 2**20 for name in ("dispatched", "dense", "LoRA")}
+                        print(label + f"{row['dispatched']:.1f} | {row['dense']:.1f} | {row['LoRA']:.1f} |", flush=True)
+                    else:
+                        row |= compare(steps, arguments.rounds, arguments.warmup)
+                        row["pays"] = pays(
+                            tokens=tokens,
+                            num_experts=e,
+                            k=k,
+                            r=r,
+                            dtype=getattr(torch, dtype),
+                            device=torch.device("cpu"),
+                        )
+                        low, high = row["quartiles"]
+                        print(
+                            label + f"{row['ratio']:.2f} | {low:.2f} to {high:.2f} | {'yes' if row['pays'] else 'no'} "
+                            f"| {row['dispatched_to_LoRA']:.2f} | {row['dense_to_LoRA']:.2f} |",
+                            flush=True,
+                        )
+                    rows.append(row)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps({"settings": vars(arguments), "results": rows}, default=str, indent=1))
+
+
+def make_steps(
+    *, n: int, m: int, num_experts: int, k: int, r: int, tokens: int, dtype: torch.dtype, skew: float
+) -> dict[str, Callable[[], None]]:
+    """A training step of the base layer, of stock LoRA, and of both ways of adding experts."""
+    torch.manual_seed(0)
+    base = nn.Linear(n, m, bias=False).to(dtype).requires_grad_(False)
+    config = LoraConfig(r=num_experts * r, lora_alpha=num_experts * r)
+    lora = LoraLinear(base, "default", config, r=config.r, lora_alpha=config.lora_alpha).to(dtype)
+    a, b = (lora.lora_A["default"].weight, lora.lora_B["default"].weight)
+    nn.init.normal_(b, std=0.02)
+    x, g = torch.randn(tokens, n, dtype=dtype, requires_grad=True), torch.randn(tokens, m, dtype=dtype)
+
+    def route() -> tuple[torch.Tensor, torch.Tensor]:
+        scores, experts = (torch.randn(tokens, num_experts) + torch.linspace(0, skew, num_experts)).topk(k)
+        return scores.softmax(-1).requires_grad_(), experts
+
+    def step(forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        forward(*route()).backward(g)
+        x.grad = a.grad = b.grad = None
+
+    def dispatched(weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        return add_experts(base(x), x, a, b, weights=weights, experts=experts, r=r, writable=True)
+
+    def dense(weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        gates = weights.new_zeros(tokens, num_experts).scatter(1, experts, weights)
+        return DenseExperts.apply(base(x), x, a, b, gates)
+
+    return {
+        "base": lambda: step(lambda *_: base(x)),
+        "LoRA": lambda: step(lambda *_: lora(x)),
+        "dense": lambda: step(dense),
+        "dispatched": lambda: step(dispatched),
+    }
+
+
+def compare(steps: dict[str, Callable[[], None]], rounds: int, warmup: int) -> dict[str, Any]:
+    """Medians of the times, and of the ratios within a round; each round runs the steps in another order."""
+    names = list(steps)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(warmup):
+        steps["dispatched"]()
+    for turn in range(rounds + 1):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter()
+            steps[name]()
+            if turn:
+                times[name].append(1e3 * (time.perf_counter() - start))
+
+    def ratios(one: str, other: str) -> list[float]:
+        return [p / q for p, q in zip(times[one], times[other], strict=True)]
+
+    low, middle, high = quantiles(ratios("dispatched", "dense"), n=4)
+    return {
+        "ratio": middle,
+        "quartiles": [low, high],
+        "dispatched_to_LoRA": median(ratios("dispatched", "LoRA")),
+        "dense_to_LoRA": median(ratios("dense", "LoRA")),
+        "base_to_LoRA": median(ratios("base", "LoRA")),
+        "ms": {name: median(values) for name, values in times.items()},
+    }
+
+
+def peak(step: Callable[[], None]) -> int:
+    """Most bytes that a step has allocated at one time, beyond what was there before it."""
+    step()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    now = most = 0
+    for event in sorted(
+        (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"),
+        key=lambda event: event.start_ns(),
+    ):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+if __name__ == "__main__":
+    main()
