@@ -113,10 +113,10 @@ def test_importing_loads_no_package_that_peft_has_not_loaded_already():
 
 # torch only -> layer -> tuner -> a room per paper -> registration; the tools sit on top.
 ORDER = [
-    {"bank", "checks", "losses", "routing", "schedule", "stand_in"},
+    {"bank", "checks", "dispatch", "kernels", "losses", "routing", "schedule", "stand_in"},
     {"saved"},
     {"config"},
-    {"blocks", "checkpointing", "entry", "folding", "integrity", "layer"}
+    {"blocks", "checkpointing", "entry", "folding", "fused", "integrity", "layer", "shortcut"}
     | {"matching", "mixing", "packing", "prompts", "quantised"},
     {"targets"},
     {"tuner"},
