@@ -233,7 +233,9 @@ class ExpertBank(nn.Module):
         """The bank under fixed weights (E,) as one LoRA of rank R and scaling 1: A (R, in), B (out, R)."""
         if self._awaits_weights:
             self._check_weights()
-        return self.lora_A.weight, self._weigh(self.lora_B.weight, weights)
+        b = self.lora_B.weight
+        each = self.factors[0] if weights is None else kernels.each_rank(weights.unsqueeze(0), self.spread, b.dtype)
+        return self.lora_A.weight, b * each
 
     def delta_weight(self, weights: torch.Tensor | None) -> torch.Tensor:
         """What the bank adds to the base weight (out, in) under fixed weights (E,)."""

@@ -85,11 +85,17 @@ def pays(*, tokens: int, num_experts: int, k: int, r: int, dtype: torch.dtype, d
         dtype: of the bank.
         device: where it is.
     """
+    least = least_tokens(num_experts=num_experts, k=k, r=r, dtype=dtype, device=device)
+    return least is not None and tokens >= least
+
+
+def least_tokens(*, num_experts: int, k: int, r: int, dtype: torch.dtype, device: torch.device) -> int | None:
+    """From how many tokens on `pays` is true; None if it never is."""
     measured = {torch.float32: (64, 256), torch.bfloat16: (320, 1024)}  # ranks spared per row moved, and tokens
     if device.type != "cpu" or dtype not in measured:
-        return False
-    spared, least_tokens = measured[dtype]
-    return tokens >= least_tokens and (num_experts - k) * r >= spared * k
+        return None
+    spared, tokens = measured[dtype]
+    return tokens if (num_experts - k) * r >= spared * k else None
 
 
 def add_experts_reference(

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from . import kernels
+from . import dispatch, kernels
 from .bank import ExpertBank
 from .routing import Router, TokenGate, TokenRouter, View
 
@@ -62,7 +63,9 @@ def add(
     bank, router = layer.bank(adapter), layer.router_of(adapter)
     bank.check_weights()
     tokens, a, b = _as_tokens(x), bank.lora_A.weight, bank.lora_B.weight
-    gate = _gate_of(router, x)
+    gate, k = _gate_of(router, x), experts_to_dispatch(bank, router, x)
+    if k is not None:
+        return _dispatch(layer, adapter, x, view, result, base, k, writable=writable)
     weights = None if router is None or gate is not None else _as_tokens(layer.weights(adapter, x, view))
     factor = bank.factors[0] if router is None else 1.0
     if weights is not None and len(weights) == 1 and len(tokens) > a.shape[1]:
@@ -84,6 +87,44 @@ def add(
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
+def _dispatch(
+    layer: MoeLinear,
+    adapter: str,
+    x: torch.Tensor,
+    view: View,
+    result: torch.Tensor | None,
+    base: tuple[torch.Tensor, torch.Tensor | None] | None,
+    k: int,
+    *,
+    writable: bool,
+) -> torch.Tensor:
+    """`add`, where each token's k experts are computed and no others."""
+    bank, tokens, gate = layer.bank(adapter), _as_tokens(x), _gate_of(layer.router_of(adapter), x)
+    product = None if gate is None else kernels.project(tokens, gate)[1].view(*x.shape[:-1], -1)
+    weights, experts = _as_tokens(layer.weights(adapter, x, view, product)).topk(k, dim=-1)
+    weights = weights * (bank.factors[0] if bank.scaling is None else bank.scaling[experts])
+    # of tokens, not of x, whose output with a bias is a view, which cannot be written to
+    out = F.linear(tokens, *base) if result is None and base is not None else _as_tokens(result)
+    a, b, r = bank.lora_A.weight, bank.lora_B.weight, bank.ranks[0]
+    out = dispatch.add_experts(out, tokens, a, b, weights=weights, experts=experts, r=r, writable=writable)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def experts_to_dispatch(bank: ExpertBank, router: Router | None, x: torch.Tensor) -> int | None:
+    """The number of experts of each token of x (..., in), where it pays to compute these alone; else None."""
+    least = least_to_dispatch(bank, router, kernels.autocast_dtype(x) or bank.lora_A.weight.dtype)
+    pays = least is not None and x.numel() >= least * x.shape[-1] and not _is_dropping(bank)
+    return cast(TokenRouter, router).chosen_per_token if pays else None
+
+
+def least_to_dispatch(bank: ExpertBank, router: Router | None, dtype: torch.dtype) -> int | None:
+    """From how many tokens on it pays to compute each token's experts alone, in a type; None for never."""
+    if not isinstance(router, TokenRouter) or len(set(bank.ranks)) > 1 or (k := router.chosen_per_token) is None:
+        return None
+    device, r = bank.lora_A.weight.device, bank.ranks[0]
+    return dispatch.least_tokens(num_experts=len(bank.ranks), k=k, r=r, dtype=dtype, device=device)
+
+
 def _weights_of(base: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Weight (out, in) and bias (out,) of a base layer that need not be called; None for another."""
     if not kernels.is_bare(base, nn.Linear, Conv1D):
@@ -102,9 +143,12 @@ def _gate_of(router: Router | None, x: torch.Tensor) -> torch.Tensor | None:
     return None if changes_x or router.gate.weight.device != x.device else router.gate.weight
 
 
+def _is_dropping(bank: ExpertBank) -> bool:
+    return isinstance(bank.dropout, nn.Dropout) and bank.dropout.training
+
+
 def _dropout(bank: ExpertBank, tokens: torch.Tensor) -> kernels.Dropout | None:
-    dropout = bank.dropout
-    return kernels.draw_dropout(tokens, dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else None
+    return kernels.draw_dropout(tokens, bank.dropout.p) if _is_dropping(bank) else None  # type: ignore[arg-type]
 
 
 def _as_tokens(x: torch.Tensor | None) -> torch.Tensor:

@@ -7,6 +7,7 @@ Shapes: t tokens · in, out features · R ranks in all · E experts · m rows of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from operator import is_, itemgetter, methodcaller
@@ -18,7 +19,8 @@ from torch.nn import functional as F
 
 from . import kernels
 from .bank import ExpertBank
-from .routing import TaskRouter, TokenGate, TokenRouter, softmax, top_k
+from .fused import least_to_dispatch
+from .routing import GroupedRouter, TaskRouter, TokenGate, TokenRouter, softmax, top_k
 
 if TYPE_CHECKING:
     from .layer import MoeLinear
@@ -44,6 +46,8 @@ class Shortcut:
         self.weight, self.bias = base.weight, base.bias
         self.a, self.b, self.spread = bank.lora_A.weight, bank.lora_B.weight, bank.spread
         self.dtype, self.device = base.weight.dtype, base.weight.device.type
+        least = least_to_dispatch(bank, router, self.a.dtype)  # from there on another way is faster
+        self.most = math.inf if least is None else least * base.in_features
         self.choice = Choice(router, bank) if isinstance(router, TokenRouter) else None
         read: list[Any] = [base, bank.lora_A, bank.lora_B]  # instead of being called
         read += [router.gate] if isinstance(router, TokenRouter) else []
@@ -53,6 +57,10 @@ class Shortcut:
         self.weights = [module.weight for module in read]
         self.hooks = [*kernels.GLOBAL_HOOKS, *(h for m in passed for h in (m._forward_hooks, m._forward_pre_hooks))]
         self.dicts = [module.__dict__ for module in passed]
+        # in a block that has decided by its prompts, the decision, what was made of it, and for which shape of x
+        self.now: torch.Tensor | None = None
+        self.each = self.spread
+        self.shape = torch.Size()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy of a layer finds out for itself
@@ -89,6 +97,7 @@ class Shortcut:
             or self.banks.get(self.adapter) is not self.bank
             or self.bank._awaits_weights
             or self.context.parts is not None
+            or x.numel() >= self.most
             or any(self.hooks)
             or not all(map(is_, map(_WEIGHT, self.places), self.weights))
             or any(map(_IS_REPLACED, self.dicts))
@@ -117,15 +126,34 @@ class Shortcut:
         router, choice = self.router, self.choice
         if choice is not None and choice.is_simple and choice.router.statistics is None:
             return choice.each(seen, self.context.kept)
+        if isinstance(router, GroupedRouter) and not router.owned:
+            return self._each_in_block(router, x)
         view = self.context.view(self.adapter)
         kept, key = view.kept, (self.bank, x.shape[0], x.dim())
         if kept is not None and key in kept:
             return kept[key]
-        weights = router(x, view)  # type: ignore[misc]  # there is one
-        each = (weights.reshape(-1, weights.shape[-1]) @ self.spread.to(weights.dtype)).to(self.a.dtype)
+        each = self._spread(router(x, view))  # type: ignore[misc]  # there is one
         if isinstance(router, TaskRouter) and kept is not None:
             kept[key] = each  # for the span of the call, and of a generate
         return each
+
+    def _each_in_block(self, router: GroupedRouter, x: torch.Tensor) -> torch.Tensor:
+        now = router.now
+        if now is None or now.device != x.device:
+            return self._spread(router(x, self.context.view(self.adapter)))
+        if not router.per_prompt and now.shape[:-1] == x.shape[:-1]:
+            return self._spread(now)
+        if now is not self.now or x.shape != self.shape:  # the same weights for all that is generated
+            self.each = self._spread(router(x, self.context.view(self.adapter)))
+            self.now, self.shape = now, x.shape
+        return self.each
+
+    def _spread(self, weights: torch.Tensor) -> torch.Tensor:
+        """(..., E) to (m, R)."""
+        weights = weights.reshape(-1, weights.shape[-1])
+        if weights.dtype is self.spread.dtype is self.a.dtype:
+            return weights @ self.spread
+        return (weights @ self.spread.to(weights.dtype)).to(self.a.dtype)
 
 
 class Choice:

@@ -5,12 +5,15 @@ Shapes: n rows · s tokens · d features of what enters the block · E experts �
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from .. import kernels
 from .batch import Batch
 from .call import View
 from .control import Control, control_of
@@ -74,7 +77,8 @@ class GroupedRouter(nn.Module):
         self.has_general, self.per_prompt, self.normalize = has_general, per_prompt, normalize
         self.reads_encoder, self.owned, self.in_decoder = reads_encoder, owned, in_decoder
         self._free = control_of(groups)
-        self._now: torch.Tensor | None = None  # weights of the block that is being run
+        self.now: torch.Tensor | None = None  # weights of the block that is being run
+        self._laid_out: _Layout | None = None
         self.seen: list[Decision] | None = None  # while somebody wants to know
 
     def read(self, e: torch.Tensor, view: View) -> None:
@@ -84,11 +88,11 @@ class GroupedRouter(nn.Module):
             e: (n, s, d), or (n s, d), what enters the block; in a decoder that looks at prompts, the encoder's output.
             view: the call.
         """
-        self._now = self._weights(e, view)
+        self.now = self._weights(e, view)
 
     def leave(self) -> None:
         """Forget the decision."""
-        self._now = None
+        self.now = None
 
     def forward(self, x: torch.Tensor, view: View) -> torch.Tensor:
         """Weights for the input x (..., in) of a linear layer, as (..., E + 1) that broadcasts against it.
@@ -97,7 +101,7 @@ class GroupedRouter(nn.Module):
             RuntimeError: the layer's block has not been entered.
             ValueError: x is neither the block's tokens nor rows of them.
         """
-        weights = self._weights(x, view) if self.owned else self._now
+        weights = self._weights(x, view) if self.owned else self.now
         if weights is None:
             raise RuntimeError(
                 "A layer was called outside of its block, whose input says how its experts are weighed; call the block "
@@ -144,12 +148,47 @@ class GroupedRouter(nn.Module):
 
     def _of_tokens(self, e: torch.Tensor, view: View) -> torch.Tensor:
         """(..., E + 1) for e (..., d)."""
+        if view.control is None and self.seen is None and self._is_simple:
+            return self._in_few_operations(e)
         decision = self._decide(e, view.control, self._scale(e))
         if self.seen is not None:
             shape, mask = (view.batch or Batch(rows=e.shape[0])).tokens_of(e, in_decoder=self.in_decoder)
             groups, within = decision.groups.reshape(*shape, -1), decision.within.reshape(*shape, -1)
             self.seen.append(Decision(groups, within, decision.mix, mask))
         return self._combine(decision)
+
+    @property
+    def _is_simple(self) -> bool:
+        """Whether weights are softmaxes of what a product gives, and no gradient is wanted."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.gate.fixed_mix is None or self.gate.static:
+            return False
+        return kernels.fused and kernels.is_bare(self.gate, GroupedGate)
+
+    def _in_few_operations(self, e: torch.Tensor) -> torch.Tensor:
+        """The same as deciding and combining, which take some 35 operations; of one token, each costs as much as many.
+
+        The experts' scores are laid out as the paper's W_D, a matrix whose short rows are padded with -inf.
+        """
+        with torch.autocast(e.device.type, enabled=False):
+            scale = self._scale(e)
+            wide_e, weight = wide(e).flatten(0, -2) if e.dim() > 1 else wide(e).unsqueeze(0), self.gate.weight
+            scores = F.linear(wide_e, wide(weight).to(wide_e.dtype))  # type: ignore[arg-type]  # there unless static
+            scores = scores if scale is None else scores * scale.reshape(-1, 1)
+            if (
+                self._laid_out is None
+                or self._laid_out.pad.device != e.device
+                or self._laid_out.pad.dtype != scores.dtype
+            ):
+                self._laid_out = _Layout.of(self, scores)
+            pad, into, back, rest = self._laid_out
+            scores = torch.addmm(pad, scores, into)
+            if self.gate.num_groups:
+                g = len(self.sizes)
+                within = scores[:, g:].unflatten(-1, (g, -1)).softmax(-1)
+                weights = (within * scores[:, :g].softmax(-1).unsqueeze(-1)).flatten(1)
+            else:
+                weights = scores.softmax(-1)
+            return torch.addmm(rest, weights, back).view(*e.shape[:-1], len(rest))
 
     def _of_prompts(self, e: torch.Tensor, view: View) -> torch.Tensor:
         """(n, E + 1): by the prompts in e, or as it was when they were read."""
@@ -214,6 +253,40 @@ class GroupedRouter(nn.Module):
             return weights
         general = 1 - decision.mix + torch.zeros_like(weights[..., :1])
         return torch.cat([decision.mix * weights, general], dim=-1)
+
+
+class _Layout(NamedTuple):
+    """Constants that put scores into a matrix with a row for each group, and weights back into a list.
+
+    Args:
+        pad: (G + G m,) -inf where a row is shorter than m, the largest group; without groups, (E,).
+        into: (G + E, G + G m), of the temperatures.
+        back: (G m, E + 1), of λ.
+        rest: (E + 1,), 1 - λ for the general expert.
+    """
+
+    pad: torch.Tensor
+    into: torch.Tensor
+    back: torch.Tensor
+    rest: torch.Tensor
+
+    @classmethod
+    def of(cls, router: GroupedRouter, like: torch.Tensor) -> _Layout:
+        gate, sizes = router.gate, router.sizes
+        g, most, mix = len(sizes), max(sizes), 1.0 if not router.has_general else float(gate.fixed_mix or 0.0)
+        experts = [g_ * most + i for g_, size in enumerate(sizes) for i in range(size)]  # where each has its place
+        if not gate.num_groups:
+            g, most, experts = 0, 0, list(range(sum(sizes)))
+        e, columns = len(experts), g * most if g else len(experts)
+        pad, into = like.new_full((g + columns,), -math.inf), like.new_zeros(g + e, g + columns)
+        back, rest = like.new_zeros(columns, e + router.has_general), like.new_zeros(e + router.has_general)
+        for i in range(g):
+            pad[i], into[i, i] = 0.0, 1 / gate.group_temperature
+        for i, place in enumerate(experts):
+            pad[g + place], into[g + i, g + place], back[place, i] = 0.0, 1 / gate.expert_temperature, mix
+        if router.has_general:
+            rest[-1] = 1 - mix
+        return cls(pad, into, back, rest)
 
 
 Router = TaskRouter | TokenRouter | GroupedRouter

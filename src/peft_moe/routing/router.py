@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -17,6 +18,7 @@ from ..losses import Routed
 from .batch import Batch
 from .call import View
 from .gates import TaskGate, TokenGate
+from .select import top_k
 from .statistics import RoutingStatistics
 
 Select = Callable[[torch.Tensor], torch.Tensor]
@@ -142,6 +144,14 @@ class TokenRouter(nn.Module):
         if self.base_is_empty:
             weights = weights[..., self.num_base :]
         return pad(weights, (self.num_shared, 0), value=1.0) if self.num_shared else weights
+
+    @property
+    def chosen_per_token(self) -> int | None:
+        """K, if each token gets K experts of all that there are; None for another choice."""
+        select = self.select if self.training else self.inference_select
+        if not isinstance(select, partial) or select.func is not top_k or self.num_shared or self.base_is_empty:
+            return None
+        return min(int(select.keywords["k"]), self.gate.num_experts)
 
     def record(self, tasks: Sequence[str]) -> None:
         """Start adding up what it does, for these tasks."""
