@@ -121,12 +121,19 @@ class ExpertBank(nn.Module):
             self.expert_of_rank = torch.tensor(index, device=device)
         if len(set(self.factors)) > 1:
             self.scaling = torch.tensor(self.factors, device=device)
-        pairs = zip(self.ranks, self.factors, strict=True)
-        self.spread = torch.block_diag(*(torch.full((1, rank), float(factor), device=device) for rank, factor in pairs))
+        ranks = torch.tensor(self.ranks, device=device)
+        factors = torch.tensor(self.factors, dtype=torch.float32, device=device)
+        self.spread = factors.diag().repeat_interleave(ranks, dim=1, output_size=sum(self.ranks))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ExpertBank:
-        super()._apply(fn, recurse)
-        self._set_constants()  # anew: .to(bfloat16) casts buffers too, and to_empty() empties them
+        # without the constants: .to(bfloat16) casts buffers too, and to_empty() empties them
+        constants = {name: self._buffers.pop(name) for name in ("expert_of_rank", "scaling", "spread")}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers.update(constants)
+        if self.lora_A.weight.device not in (self.spread.device, torch.device("meta")):
+            self._set_constants()
         return self
 
     @torch.no_grad()
