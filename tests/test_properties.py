@@ -7,6 +7,7 @@ or the same thing done in another way.
 import json
 import math
 import tempfile
+from contextlib import contextmanager
 from dataclasses import fields
 from fractions import Fraction
 from itertools import accumulate
@@ -24,7 +25,7 @@ from tiny_models import make_inputs, make_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_moe import GroupedMoeConfig, MedMoeLoraConfig, MoeLoraConfig, MoLoraConfig, fold
+from peft_moe import GroupedMoeConfig, MedMoeLoraConfig, MoeLoraConfig, MoLoraConfig, fold, kernels
 from peft_moe.bank import ExpertBank
 from peft_moe.losses import BALANCE_LOSSES, Routed
 from peft_moe.routing import TaskGate, encode_tasks, softmax, top_k, top_p
@@ -351,7 +352,8 @@ def stock_twin(layer_config, sizes, seed, conv, dtype, alpha, rslora):
     st.booleans(),
 )
 def test_one_expert_is_stock_lora(method, n_in, n_out, lead, layout, log_r, seed, conv, dtype, rslora, exact):
-    """To the bit where alpha / r is a power of two; in value, gradient, weight, merged, and number of parameters."""
+    """In value, gradient, weight, merged, and number of parameters; to rounding with kernels, and in plain PyTorch to
+    the bit where alpha / r is a power of two."""
     r = 2**log_r
     alpha = 2 * r if exact and not rslora else 5
     shared = {**COMMON, "num_experts": 1, "lora_alpha": alpha, "use_rslora": rslora}
@@ -367,6 +369,20 @@ def test_one_expert_is_stock_lora(method, n_in, n_out, lead, layout, log_r, seed
     loose = {} if exact and not rslora else {"rtol": 16 * torch.finfo(dtype).eps, "atol": 32 * torch.finfo(dtype).eps}
     compare = (lambda a, b: torch.testing.assert_close(a, b, **loose)) if loose else assert_equal
     x = make_x(lead, n_in, "plain" if conv else layout, seed, dtype)
+    with kernels_or_plain(fused=bool(loose)):
+        compare_with_stock(compare, x, dtype, ours, stock, layer, lora)
+
+
+@contextmanager
+def kernels_or_plain(*, fused):
+    before, kernels.fused = kernels.fused, fused
+    try:
+        yield
+    finally:
+        kernels.fused = before
+
+
+def compare_with_stock(compare, x, dtype, ours, stock, layer, lora):
     compare(ours(x), stock(x))
     assert ours.get_nb_trainable_parameters() == stock.get_nb_trainable_parameters()
     compare(layer.get_delta_weight("default"), lora.get_delta_weight("default"))

@@ -82,7 +82,7 @@ def add(
     out = made if result is None else _as_tokens(result)
     assert out is not None
     if product is not None:
-        weights = _as_tokens(layer.weights(adapter, x, view, product.view(*x.shape[:-1], -1)))
+        weights = _as_tokens(layer.weights(adapter, x, view, product.view(*x.shape[:-1], product.shape[-1])))
     out = kernels.add(out, z, b, weights=weights, spread=bank.spread, factor=factor, writable=writable)
     return out.view(*x.shape[:-1], out.shape[-1])
 
@@ -100,7 +100,7 @@ def _dispatch(
 ) -> torch.Tensor:
     """`add`, where each token's k experts are computed and no others."""
     bank, tokens, gate = layer.bank(adapter), _as_tokens(x), _gate_of(layer.router_of(adapter), x)
-    product = None if gate is None else kernels.project(tokens, gate)[1].view(*x.shape[:-1], -1)
+    product = None if gate is None else kernels.project(tokens, gate)[1].view(*x.shape[:-1], len(gate))
     weights, experts = _as_tokens(layer.weights(adapter, x, view, product)).topk(k, dim=-1)
     weights = weights * (bank.factors[0] if bank.scaling is None else bank.scaling[experts])
     # of tokens, not of x, whose output with a bias is a view, which cannot be written to

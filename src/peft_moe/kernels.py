@@ -316,7 +316,7 @@ def _weigh(z: torch.Tensor, each: torch.Tensor | None) -> torch.Tensor:
 def _of_weights(g: torch.Tensor, weights: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
     """The gradient (m, E) of weights from that (t, R) of what each rank is multiplied by."""
     g = g if len(weights) == len(g) else g.unflatten(0, (len(weights), -1)).sum(1)
-    return g.to(weights.dtype) @ spread.to(weights.dtype).T
+    return _rows(g, spread.to(weights.dtype).T)
 
 
 def _rows(x: torch.Tensor, matrix: torch.Tensor, dropout: Dropout | None = None) -> torch.Tensor:
