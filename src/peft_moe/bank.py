@@ -120,9 +120,9 @@ class ExpertBank(nn.Module):
             index = [expert for expert, rank in enumerate(self.ranks) for _ in range(rank)]
             self.expert_of_rank = torch.tensor(index, device=device)
         if len(set(self.factors)) > 1:
-            self.scaling = torch.tensor(self.factors, device=device)
+            self.scaling = torch.tensor(self.factors, dtype=self._wide, device=device)
         ranks = torch.tensor(self.ranks, device=device)
-        factors = torch.tensor(self.factors, dtype=torch.float32, device=device)
+        factors = torch.tensor(self.factors, dtype=self._wide, device=device)
         self.spread = factors.diag().repeat_interleave(ranks, dim=1, output_size=sum(self.ranks))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ExpertBank:
@@ -132,9 +132,15 @@ class ExpertBank(nn.Module):
             super()._apply(fn, recurse)
         finally:
             self._buffers.update(constants)
-        if self.lora_A.weight.device not in (self.spread.device, torch.device("meta")):
+        moved = self.lora_A.weight.device not in (self.spread.device, torch.device("meta"))
+        if moved or self.spread.dtype != self._wide:
             self._set_constants()
         return self
+
+    @property
+    def _wide(self) -> torch.dtype:
+        """The type of constants: float32, or float64 if that is the bank's."""
+        return torch.promote_types(self.lora_A.weight.dtype, torch.float32)
 
     @torch.no_grad()
     def reset_parameters(self, init: bool | str) -> None:
@@ -222,9 +228,9 @@ class ExpertBank(nn.Module):
     @property
     def is_bare(self) -> bool:
         """Whether kernels may read its weights without calling it."""
-        linears, kinds = (self.lora_A, self.lora_B), (nn.Linear, FrozenLinear, GramLinear)
-        hooked = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
-        return not hooked and all(kernels.is_bare(linear, *kinds) for linear in linears)
+        if not (kernels.is_unseen(self) and kernels.is_unseen(self.dropout)):
+            return False
+        return all(kernels.is_bare(m, nn.Linear, FrozenLinear, GramLinear) for m in (self.lora_A, self.lora_B))
 
     def anchor_loss(self) -> torch.Tensor:
         """`Σ_i ‖s_i B_i A_i‖²` (Frobenius) over the anchored experts, in float32: how far they are from zero."""

@@ -84,7 +84,7 @@ def add(
     if product is not None:
         weights = _as_tokens(layer.weights(adapter, x, view, product.view(*x.shape[:-1], product.shape[-1])))
     out = kernels.add(out, z, b, weights=weights, spread=bank.spread, factor=factor, writable=writable)
-    return out.view(*x.shape[:-1], out.shape[-1])
+    return _shaped(out, x)
 
 
 def _dispatch(
@@ -107,7 +107,7 @@ def _dispatch(
     out = F.linear(tokens, *base) if result is None and base is not None else _as_tokens(result)
     a, b, r = bank.lora_A.weight, bank.lora_B.weight, bank.ranks[0]
     out = dispatch.add_experts(out, tokens, a, b, weights=weights, experts=experts, r=r, writable=writable)
-    return out.view(*x.shape[:-1], out.shape[-1])
+    return _shaped(out, x)
 
 
 def experts_to_dispatch(bank: ExpertBank, router: Router | None, x: torch.Tensor) -> int | None:
@@ -139,6 +139,8 @@ def _gate_of(router: Router | None, x: torch.Tensor) -> torch.Tensor | None:
     """The weight of a gate whose product with x may be made by kernels, None for another."""
     if not isinstance(router, TokenRouter) or not kernels.is_bare(router.gate, TokenGate):
         return None
+    if router._forward_pre_hooks:  # which may change x
+        return None
     changes_x = router.gate.training and router.gate.jitter
     return None if changes_x or router.gate.weight.device != x.device else router.gate.weight
 
@@ -149,6 +151,14 @@ def _is_dropping(bank: ExpertBank) -> bool:
 
 def _dropout(bank: ExpertBank, tokens: torch.Tensor) -> kernels.Dropout | None:
     return kernels.draw_dropout(tokens, bank.dropout.p) if _is_dropping(bank) else None  # type: ignore[arg-type]
+
+
+def _shaped(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(t, out) with the leading axes of x (..., in)."""
+    shape = (*x.shape[:-1], out.shape[-1])
+    if torch.is_grad_enabled() or out._is_view():
+        return out.view(shape)
+    return out.resize_(shape)  # a view made without a gradient could not be written to when there is one
 
 
 def _as_tokens(x: torch.Tensor | None) -> torch.Tensor:

@@ -63,13 +63,13 @@ def is_bare(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     Those of a subclass, and those with hooks, such as of FSDP, ZeRO-3 and accelerate's offloading, may not: their
     weights are only there during a call, or somebody wants to see it.
     """
-    return (
-        type(module) in kinds
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-        and "forward" not in module.__dict__
-        and type(module.weight) in (nn.Parameter, torch.Tensor)
-    )
+    return type(module) in kinds and is_unseen(module) and type(module.weight) in (nn.Parameter, torch.Tensor)
+
+
+def is_unseen(module: nn.Module) -> bool:
+    """Whether nobody would notice that a module is not called."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks and "forward" not in module.__dict__
 
 
 def may_fuse(x: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from operator import is_, itemgetter, methodcaller
+from operator import attrgetter, is_, itemgetter, methodcaller
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,7 @@ from .routing import GroupedRouter, TaskRouter, TokenGate, TokenRouter, softmax,
 if TYPE_CHECKING:
     from .layer import MoeLinear
 
-_WEIGHT, _IS_REPLACED = itemgetter("weight"), methodcaller("__contains__", "forward")
+_WEIGHT, _DTYPE, _IS_REPLACED = itemgetter("weight"), attrgetter("dtype"), methodcaller("__contains__", "forward")
 
 
 class Shortcut:
@@ -51,10 +51,11 @@ class Shortcut:
         self.choice = Choice(router, bank) if isinstance(router, TokenRouter) else None
         read: list[Any] = [base, bank.lora_A, bank.lora_B]  # instead of being called
         read += [router.gate] if isinstance(router, TokenRouter) else []
-        passed = [*read, bank] if router is None else [*read, bank, router]
+        passed = [*read, bank, bank.dropout] if router is None else [*read, bank, bank.dropout, router]
         # what shows whether all is as it was, in forms that take no loop of Python to look at
         self.places = [m._parameters if "weight" in m._parameters else m._buffers for m in read]
         self.weights = [module.weight for module in read]
+        self.dtypes = [weight.dtype for weight in self.weights]
         self.hooks = [*kernels.GLOBAL_HOOKS, *(h for m in passed for h in (m._forward_hooks, m._forward_pre_hooks))]
         self.dicts = [module.__dict__ for module in passed]
         # in a block that has decided by its prompts, the decision, what was made of it, and for which shape of x
@@ -96,10 +97,12 @@ class Shortcut:
             or layer._active_adapter != self.active
             or self.banks.get(self.adapter) is not self.bank
             or self.bank._awaits_weights
+            or self.bank._buffers["spread"] is not self.spread
             or self.context.parts is not None
             or x.numel() >= self.most
             or any(self.hooks)
             or not all(map(is_, map(_WEIGHT, self.places), self.weights))
+            or list(map(_DTYPE, self.weights)) != self.dtypes
             or any(map(_IS_REPLACED, self.dicts))
         )
 
@@ -119,7 +122,7 @@ class Shortcut:
                 out.addmm_(h, self.b.t(), alpha=self.factor)
             else:
                 out.add_(F.linear(h, self.b), alpha=self.factor)
-        return out.view(*shape[:-1], out.shape[-1])
+        return out.resize_(*shape[:-1], out.shape[-1])  # no view, which could not be written to with a gradient
 
     def _each(self, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """(m, R), what ranks are multiplied by; seen: (t, in), x in the type of A."""
