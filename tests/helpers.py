@@ -1,11 +1,14 @@
 """What several test files need: a routed tiny model, stock LoRA beside it, and the layers of either."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from peft import PeftModel, get_peft_model
 from tiny_models import TASK_TYPES, make_model
 from torch import nn
 
-from peft_moe import MoeLoraConfig
+from peft_moe import MoeLoraConfig, kernels
 from peft_moe.layer import MoeLinear
 
 TASKS = ["icd", "rad", "def"]
@@ -52,3 +55,13 @@ def logits(model: nn.Module, inputs: dict, **kwargs) -> torch.Tensor:
 
 def adapter_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Layers run in plain PyTorch."""
+    before, kernels.fused = kernels.fused, False
+    try:
+        yield
+    finally:
+        kernels.fused = before
