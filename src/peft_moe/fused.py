@@ -76,7 +76,7 @@ def add(
         a,
         base=base if result is None else None,
         gate=gate,
-        dropout=_dropout(bank, tokens),
+        dropout=_dropout(bank, x),
         low=kernels.autocast_dtype(x),
     )
     out = made if result is None else _as_tokens(result)
@@ -139,7 +139,7 @@ def _gate_of(router: Router | None, x: torch.Tensor) -> torch.Tensor | None:
     """The weight of a gate whose product with x may be made by kernels, None for another."""
     if not isinstance(router, TokenRouter) or not kernels.is_bare(router.gate, TokenGate):
         return None
-    if router._forward_pre_hooks:  # which may change x
+    if router._forward_pre_hooks or "forward" in router.__dict__:  # which may change x, or not take the product
         return None
     changes_x = router.gate.training and router.gate.jitter
     return None if changes_x or router.gate.weight.device != x.device else router.gate.weight
@@ -149,8 +149,8 @@ def _is_dropping(bank: ExpertBank) -> bool:
     return isinstance(bank.dropout, nn.Dropout) and bank.dropout.training
 
 
-def _dropout(bank: ExpertBank, tokens: torch.Tensor) -> kernels.Dropout | None:
-    return kernels.draw_dropout(tokens, bank.dropout.p) if _is_dropping(bank) else None  # type: ignore[arg-type]
+def _dropout(bank: ExpertBank, x: torch.Tensor) -> kernels.Dropout | None:
+    return kernels.draw_dropout(x, bank.dropout.p) if _is_dropping(bank) else None  # type: ignore[arg-type]
 
 
 def _shaped(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

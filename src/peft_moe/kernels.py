@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_modules
 
@@ -53,8 +54,9 @@ class Dropout(NamedTuple):
 
 
 def draw_dropout(x: torch.Tensor, p: float) -> Dropout:
-    """The same elements of x (t, in) as `torch.nn.functional.dropout(x, p)` would keep, 0 <= p < 1."""
-    return Dropout(torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p), 1 / (1 - p))
+    """The same elements of x (..., in) as `torch.nn.functional.dropout(x, p)` would keep, 0 <= p < 1."""
+    kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)  # in the order that x has in memory
+    return Dropout(kept.reshape(-1, x.shape[-1]), 1 / (1 - p))
 
 
 def is_bare(module: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -79,6 +81,7 @@ def may_fuse(x: torch.Tensor) -> bool:
         and type(x) in (torch.Tensor, nn.Parameter)
         and not torch.compiler.is_compiling()  # which fuses by itself, and does not know functions that work in place
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
         and not any(GLOBAL_HOOKS)
         and not (torch_modules._global_backward_hooks or torch_modules._global_backward_pre_hooks)
     )
@@ -210,24 +213,21 @@ class _Project(torch.autograd.Function):
         gx = ga = gw = gb = gg = None
         with _no_autocast(x):
             if g is not None:
-                gx = g @ weight.to(g.dtype) if of_x else None
+                gx = (g @ weight.to(g.dtype)).to(x.dtype) if of_x else None
                 gw = (g.T @ x.to(g.dtype)).to(weight.dtype) if of_weight else None
                 gb = g.sum(0).to(ctx.bias_dtype) if of_bias else None
             dropout = None if kept is None else Dropout(kept, ctx.scale)
-            if g_z is not None and g_scores is not None and _read_alike(x, a, gate, dropout, g_z.dtype):
-                g_z, stacked = torch.cat([g_z, g_scores], dim=1), torch.cat([a, gate])
-                gx = _onto(gx, g_z, stacked, None, x.dtype) if of_x else None
-                if of_a or of_gate:
-                    ga, gg = _outer(g_z, x, g_z.dtype).split([len(a), len(gate)])
-            else:
-                if g_z is not None:
-                    gx = _onto(gx, g_z, a, dropout, x.dtype) if of_x else None
-                    ga = _outer(g_z, x, g_z.dtype, dropout).to(a.dtype) if of_a else None
+            if of_x and g_z is not None and g_scores is not None and _read_alike(x, a, gate, dropout, g_z.dtype):
+                gx = _onto(gx, torch.cat([g_z, g_scores], dim=1), torch.cat([a, gate]), None, x.dtype)
+            elif of_x:
+                gx = gx if g_z is None else _onto(gx, g_z, a, dropout, x.dtype)
                 if g_scores is not None:
                     # in the type of what it is added to, since a wide product would be rounded to it afterwards
-                    near = g_scores if gx is None else g_scores.to(gx.dtype)
-                    gx = _onto(gx, near, gate, None, x.dtype) if of_x else None
-                    gg = _outer(g_scores, x, gate.dtype) if of_gate else None
+                    gx = _onto(gx, g_scores if gx is None else g_scores.to(gx.dtype), gate, None, x.dtype)
+            if of_a and g_z is not None:
+                ga = _outer(g_z, x, g_z.dtype, dropout).to(a.dtype)
+            if of_gate and g_scores is not None:
+                gg = _outer(g_scores, x, gate.dtype)
         return None if gx is None else gx.to(x.dtype), ga, gw, gb, gg, None, None, None
 
 

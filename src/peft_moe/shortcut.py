@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from . import kernels
@@ -90,6 +91,7 @@ class Shortcut:
             or x.dtype is not self.dtype
             or torch.is_autocast_enabled(self.device)
             or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
             or not kernels.fused
             or layer.training
             or layer._disable_adapters
