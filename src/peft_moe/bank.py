@@ -135,6 +135,7 @@ class ExpertBank(nn.Module):
         moved = self.lora_A.weight.device not in (self.spread.device, torch.device("meta"))
         if moved or self.spread.dtype != self._wide:
             self._set_constants()
+        self.spread = self.spread.view_as(self.spread)  # another object, which tells who has it that something changed
         return self
 
     @property

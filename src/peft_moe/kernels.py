@@ -81,6 +81,8 @@ def may_fuse(x: torch.Tensor) -> bool:
         and type(x) in (torch.Tensor, nn.Parameter)
         and not torch.compiler.is_compiling()  # which fuses by itself, and does not know functions that work in place
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._get_tracing_state()
+        and torch.amp.is_autocast_available(x.device.type)  # not of tensors without data
         and forward_ad._current_level < 0
         and not any(GLOBAL_HOOKS)
         and not (torch_modules._global_backward_hooks or torch_modules._global_backward_pre_hooks)

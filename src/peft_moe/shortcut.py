@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from operator import attrgetter, is_, itemgetter, methodcaller
+from operator import attrgetter, is_, methodcaller
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +26,7 @@ from .routing import GroupedRouter, TaskRouter, TokenGate, TokenRouter, softmax,
 if TYPE_CHECKING:
     from .layer import MoeLinear
 
-_WEIGHT, _DTYPE, _IS_REPLACED = itemgetter("weight"), attrgetter("dtype"), methodcaller("__contains__", "forward")
+_TRAINING, _IS_REPLACED = attrgetter("training"), methodcaller("__contains__", "forward")
 
 
 class Shortcut:
@@ -46,19 +46,28 @@ class Shortcut:
         self.factor = bank.factors[0] if router is None else 1.0
         self.weight, self.bias = base.weight, base.bias
         self.a, self.b, self.spread = bank.lora_A.weight, bank.lora_B.weight, bank.spread
-        self.dtype, self.device = base.weight.dtype, base.weight.device.type
+        self.device = base.weight.device.type
         least = least_to_dispatch(bank, router, self.a.dtype)  # from there on another way is faster
         self.most = math.inf if least is None else least * base.in_features
         self.choice = Choice(router, bank) if isinstance(router, TokenRouter) else None
         read: list[Any] = [base, bank.lora_A, bank.lora_B]  # instead of being called
         read += [router.gate] if isinstance(router, TokenRouter) else []
         passed = [*read, bank, bank.dropout] if router is None else [*read, bank, bank.dropout, router]
-        # what shows whether all is as it was, in forms that take no loop of Python to look at
-        self.places = [m._parameters if "weight" in m._parameters else m._buffers for m in read]
-        self.weights = [module.weight for module in read]
-        self.dtypes = [weight.dtype for weight in self.weights]
+        # what shows whether all is as it was, in forms that take no loop of Python to look at: what is where,
+        places: list[tuple[dict[str, Any], str]] = [(layer._modules, "base_layer"), (base._parameters, "bias")]
+        places += [(m._parameters if "weight" in m._parameters else m._buffers, "weight") for m in read]
+        places += [(self.banks, adapter), (bank._buffers, "spread")]  # it is another one when the bank is cast or moved
+        places += [(bank._modules, name) for name in ("lora_A", "lora_B", "dropout")]
+        if isinstance(router, TokenRouter):
+            places.append((router._modules, "gate"))
+        if router is not None and adapter in layer.moelora_router:
+            places.append((layer.moelora_router._modules, adapter))
+        self.dicts, self.keys = [place for place, _ in places], [key for _, key in places]
+        self.found = [place.get(key) for place, key in places]
+        # who wants to see it, and what is in training
         self.hooks = [*kernels.GLOBAL_HOOKS, *(h for m in passed for h in (m._forward_hooks, m._forward_pre_hooks))]
-        self.dicts = [module.__dict__ for module in passed]
+        self.attributes = [module.__dict__ for module in passed]
+        self.modules = [layer, *passed]
         # in a block that has decided by its prompts, the decision, what was made of it, and for which shape of x
         self.now: torch.Tensor | None = None
         self.each = self.spread
@@ -88,24 +97,23 @@ class Shortcut:
         return not (
             torch.is_grad_enabled()
             or type(x) is not torch.Tensor
-            or x.dtype is not self.dtype
+            or x.dtype is not self.weight.dtype
+            or (self.choice is not None and not self.choice.holds)
             or torch.is_autocast_enabled(self.device)
             or torch._C._are_functorch_transforms_active()
+            or torch._C._get_tracing_state()
             or forward_ad._current_level >= 0
             or not kernels.fused
-            or layer.training
             or layer._disable_adapters
             or layer.merged_adapters
             or layer._active_adapter != self.active
-            or self.banks.get(self.adapter) is not self.bank
             or self.bank._awaits_weights
-            or self.bank._buffers["spread"] is not self.spread
-            or self.context.parts is not None
+            or self.context.is_mixed
             or x.numel() >= self.most
             or any(self.hooks)
-            or not all(map(is_, map(_WEIGHT, self.places), self.weights))
-            or list(map(_DTYPE, self.weights)) != self.dtypes
-            or any(map(_IS_REPLACED, self.dicts))
+            or not all(map(is_, map(dict.get, self.dicts, self.keys), self.found))
+            or any(map(_IS_REPLACED, self.attributes))
+            or any(map(_TRAINING, self.modules))
         )
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
@@ -170,7 +178,8 @@ class Choice:
     """
 
     def __init__(self, router: TokenRouter, bank: ExpertBank) -> None:
-        self.router, self.gate, select = router, router.gate, router.inference_select
+        self.router, self.gate, self.select = router, router.gate, router.inference_select
+        select, self.weight, self.dtype = self.select, router.gate.weight, router.gate.weight.dtype
         is_top_k = isinstance(select, partial) and select.func is top_k
         self.k: int | None = select.keywords["k"] if isinstance(select, partial) and is_top_k else None
         self.is_simple = is_top_k or select is softmax
@@ -185,6 +194,11 @@ class Choice:
         self.nothing = spread.new_zeros(0, self.gate.num_experts)
         self.temperature: torch.Tensor | float | None = self.gate.fixed_temperature
         self.kept: Any = None  # of the call that the temperature was made in
+
+    @property
+    def holds(self) -> bool:
+        """Whether the router is still what it was."""
+        return self.weight.dtype is self.dtype and self.router.inference_select is self.select
 
     def each(self, seen: torch.Tensor, kept: Any) -> torch.Tensor:
         """(t, R), what ranks are multiplied by.

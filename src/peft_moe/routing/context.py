@@ -281,6 +281,11 @@ class RoutingContext:
         )
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether rows of the last call, which may be under way, belonged to different adapters."""
+        return self._call.parts is not None
+
+    @property
     def parts(self) -> dict[str, Part] | None:
         """By adapter, its rows in the current call, where rows belong to different ones; else None."""
         call = self.current
