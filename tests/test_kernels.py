@@ -526,22 +526,26 @@ def test_training_a_model_under_autocast_is_as_near_float32_as_plain_pytorch(kin
         error, size = (torch.stack(list(of_all)).sum().sqrt().item() for of_all in zip(*squares, strict=True))
         errors.append(error / size)
     assert 0 < errors[1] < 0.1
-    assert errors[0] < 1.5 * errors[1]  # both are sums of many roundings, which differ by chance
+    assert errors[0] < 3 * errors[1]  # over seeds the ratio is around 1, and up to 2 where few numbers are compared
     assert used
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_quantised_base(kind, tmp_path, used):
-    model, found = quantised(kind, save_base(tmp_path / "base"), "nf4").eval(), []
-    inputs = make_inputs("llama")
+    model, inputs, found = quantised(kind, save_base(tmp_path / "base"), "nf4"), make_inputs("llama"), []
+    told = told_of_quantised(kind)
     for mode in (contextlib.nullcontext, plain):
         with mode():
-            found.append(loss_and_gradients(model, inputs, told_of_quantised(kind)))
-            with torch.no_grad():
-                for _ in range(2):
-                    found[-1]["output without a gradient"] = model(**inputs, **told_of_quantised(kind)).logits
+            found.append(loss_and_gradients(model.train(), inputs, told))
     compare(*found, rtol=1e-4, atol=1e-5)
     assert used
+    # afterwards, since bitsandbytes then packs its weights in a way that has no backward
+    with torch.no_grad():
+        outputs = [model.eval()(**inputs, **told).logits for _ in range(3)]
+        with plain():
+            expected = model(**inputs, **told).logits
+    for output in outputs:
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
 
 # what is trained differently
@@ -642,6 +646,56 @@ def test_function_transforms(adapter, transform, request):
     with plain():
         expected = call(x)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["moelora", "moelora-one"])  # gates that read x leave autocast, unknown on meta
+@wrong("autocast_dtype asks whether autocast is on for a device that has none, such as meta, and raises")
+def test_a_device_without_autocast(adapter):
+    layer = routed_layers(net(adapter).eval())[0].to("meta")
+    assert layer(torch.empty(2, 3, IN, device="meta")).shape == (2, 3, OUT)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    ("adapter", "grad"),
+    [
+        pytest.param("moelora-one", True, marks=wrong("a trace has a Python function in it, which cannot be saved")),
+        pytest.param("molora", True, marks=wrong("a trace has a Python function in it, which cannot be saved")),
+        ("moelora-one", False),
+        pytest.param("molora", False, marks=wrong("a trace has Choice.nothing of the traced call's size in it")),
+    ],
+)
+def test_a_trace_is_for_inputs_of_any_size(adapter, grad, tmp_path):
+    layer, x = routed_layers(net(adapter).eval())[0], torch.randn(3, 4, IN)
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            layer(x)
+        torch.jit.save(torch.jit.trace(layer, x, check_trace=False), tmp_path / "layer.pt")
+        traced, other = torch.jit.load(tmp_path / "layer.pt"), torch.randn(5, 7, IN)
+        torch.testing.assert_close(traced(other), layer(other))
+
+
+def test_a_number_that_backward_needs_may_not_be_changed_unseen():
+    layer = routed_layers(net("molora").eval())[0]
+    for change in (layer.bank("default").lora_A.weight, layer.bank("default").lora_B.weight, "x"):
+        x = torch.randn(3, 4, IN, requires_grad=True)
+        seen = x * 1
+        y = layer(seen)
+        with torch.no_grad():
+            (seen if isinstance(change, str) else change).add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+@pytest.mark.parametrize("adapter", FEW)
+def test_a_graph_may_be_used_twice_and_its_tensors_kept_elsewhere(adapter):
+    layer = routed_layers(net(adapter).eval())[0]
+    x = torch.randn(3, 4, IN, requires_grad=True)
+    with torch.autograd.graph.save_on_cpu():
+        total = layer(x).square().sum()
+    first, second = (torch.autograd.grad(total, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 # hooks

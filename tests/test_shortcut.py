@@ -19,7 +19,7 @@ from tiny_models import EOS, PAD, make_inputs, make_model
 from torch import nn
 from torch.nn.utils import parametrize
 
-from peft_moe import kernels
+from peft_moe import MoLoraConfig, hotswap_adapter, kernels
 from peft_moe.routing import top_k
 from peft_moe.shortcut import Shortcut
 
@@ -669,6 +669,64 @@ def test_an_output_may_be_changed_in_place_where_a_gradient_is_recorded(tmp_path
                     y = layer(x)
                 y += weight
                 y.sum().backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_saved_adapter_in_its_place(kind, runs, tmp_path):
+    model, other = (routed(kind, tmp_path, seed=seed) for seed in (0, 1))
+    for index, each in enumerate((model, other)):
+        each.save_pretrained(tmp_path / str(index))
+    before = warm(model)
+    hotswap_adapter(model, tmp_path / "1")
+    after = assert_as_plain(model)
+    assert runs
+    torch.testing.assert_close(after, warm(other))
+    assert not torch.allclose(after, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_model_does_not_take_it(kind, runs, tmp_path):
+    torch.compiler.reset()
+    model, inputs = routed(kind, tmp_path), inputs_of()
+    before = warm(model, inputs)
+    compiled = torch.compile(model, backend="eager")
+    runs.clear()
+    for _ in range(2):
+        torch.testing.assert_close(logits(compiled, inputs), before)
+    assert not runs
+    torch.testing.assert_close(logits(model, inputs), before)
+    assert runs
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_base_layer_with_a_bias(bias, runs):
+    torch.manual_seed(0)
+    fields = {"target_modules": ["0"], "num_experts": 4, "r": 2, "init_lora_weights": False}
+    model = get_peft_model(nn.Sequential(nn.Linear(5, 7, bias=bias)), MoLoraConfig(**fields)).eval()
+    for shape in [(5,), (3, 5), (3, 1, 5), (3, 2, 4, 5), (2, 200, 5), (0, 5), (3, 0, 5)]:
+        x = torch.randn(shape)
+        with torch.no_grad():
+            layer_of(model)(torch.randn(2, 5))
+            runs.clear()
+            ours = layer_of(model)(x)
+            assert runs
+            with plain():
+                torch.testing.assert_close(ours, layer_of(model)(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("view", [lambda x: x.transpose(0, 1), lambda x: x[:, ::2], lambda x: x[:1].expand(4, -1, -1)])
+@pytest.mark.parametrize("kind", [TOKEN, "medmoelora"])
+def test_an_input_that_is_not_contiguous(kind, view, runs, tmp_path):
+    layer = layer_of(routed(kind, tmp_path))
+    x = view(torch.randn(4, 6, layer.in_features))
+    before = x.clone()
+    with torch.no_grad():
+        layer(x)
+        ours = layer(x)
+        assert runs
+        assert torch.equal(x, before)
+        with plain():
+            torch.testing.assert_close(ours, layer(x), rtol=1e-5, atol=1e-5)
 
 
 # generation
