@@ -31,10 +31,11 @@ from peft_moe.dispatch import add_experts
 
 ROOT = Path(__file__).parents[2]
 PARTS = ["gradcheck", "equality", "compile"]
-METHODS = ["moelora", "moelora_one_task", "molora", "medmoelora", "at_moe", "at_moe_prompt", "lora"]
+METHODS = ["moelora", "moelora_one_task", "molora", "molora_dense", "medmoelora", "at_moe", "at_moe_prompt", "lora"]
 TARGETS = ["q_proj", "v_proj", "gate_proj", "down_proj"]
 AUTOCAST = "float32, autocast to bfloat16"
 NAMES = LABELS | {
+    "molora_dense": "MoLoRA, N=K=8 r=16",
     "at_moe": "AT-MoE, 3 frozen r=4, 8, 6 + general r=8",
     "at_moe_prompt": "AT-MoE, the same, routed per prompt",
     "lora": "stock LoRA",
@@ -468,7 +469,8 @@ def adapted(method: str, base: LlamaForCausalLM, targets: list[str], dtype: str)
         if method.startswith("at_moe"):
             config = grouped_config(method, len(base.model.layers), targets)
         else:
-            config = config_of(method, lambda: base, targets, task_type="CAUSAL_LM")
+            choose = {"top_k": 8} if method == "molora_dense" else {}  # so that rounding changes no choice
+            config = config_of(method, lambda: base, targets, task_type="CAUSAL_LM", **choose)
         model = adapt(base, config, dtype)
     if method == "moelora_one_task":
         model.set_task(0)
