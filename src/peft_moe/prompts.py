@@ -99,7 +99,7 @@ def _by_labels(tuner: MoeTuner, batch: Batch, labels: Any, shift_labels: Any, *,
             )
         return batch
     prompt = prompt_before_labels(labels, batch.mask)
-    if training and not tuner.looked_at_labels and not torch.compiler.is_compiling():
+    if training and not torch.compiler.is_compiling() and not tuner.looked_at_labels:
         tuner.looked_at_labels = True  # once: looking waits for the device
         if bool((prompt.sum(1) <= 1).all()):
             warnings.warn(
