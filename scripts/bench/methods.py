@@ -149,7 +149,7 @@ def stock_lora(ranks: dict[str, int], targets: Targets, **fields: Any) -> LoraCo
 
 
 def task_ids_of(method: str, rows: int) -> dict[str, torch.Tensor]:
-    """The tasks of the rows, for a method that takes them: all different, or all the same."""
+    """The tasks of the rows, for a method that takes them: all different, or one for all."""
     if not method.startswith("moelora"):
         return {}
-    return {"task_ids": torch.zeros(rows, dtype=torch.long) if "one_task" in method else torch.arange(rows) % 8}
+    return {"task_ids": torch.zeros(1, dtype=torch.long) if "one_task" in method else torch.arange(rows) % 8}
