@@ -27,7 +27,7 @@ from torch.nn.modules import module as torch_modules
 SWITCH = "PEFT_MOE_KERNELS"
 # Tokens that are cast at once where an adapter's type is not the base layer's; a whole copy of x or of the output would
 # cost what is saved elsewhere, and this many rows are enough for a product to be fast.
-CHUNK = 256
+CHUNK = 512
 
 
 # torch's hooks for all modules, in dicts that it has for good.
@@ -229,7 +229,7 @@ class _Project(torch.autograd.Function):
             if of_a and g_z is not None:
                 ga = _outer(g_z, x, g_z.dtype, dropout).to(a.dtype)
             if of_gate and g_scores is not None:
-                gg = _outer(g_scores, x, gate.dtype)
+                gg = _outer(g_scores.to(gate.dtype), x, gate.dtype)
         return None if gx is None else gx.to(x.dtype), ga, gw, gb, gg, None, None, None
 
 
@@ -255,13 +255,14 @@ class _Add(torch.autograd.Function):
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         z, b, weights, spread = ctx.saved_tensors
         of_out, of_z, of_b, of_weights = ctx.needs_input_grad[:4]
-        gz = gb = gw = None
+        gz = gw = None
         with _no_autocast(z):
             each = _each_rank(weights, spread, z.dtype)
-            if of_b:
-                gb = _times(_outer(g, _weigh(z, each), z.dtype), ctx.factor).to(b.dtype)
-            if of_z or of_weights:
-                gh = _times(_rows(g, b.to(z.dtype)), ctx.factor)
+            h = _weigh(z, each) if of_b else None
+            gh, gb = _through(g, b.to(z.dtype), h, wanted=of_z or of_weights)
+            gb = None if gb is None else _times(gb, ctx.factor).to(b.dtype)
+            if gh is not None:
+                gh = _times(gh, ctx.factor)
                 gw = _of_weights(gh * z, weights, spread) if of_weights else None
                 gz = _weigh(gh, each) if of_z else None
         return g if of_out else None, gz, gb, gw, None, None, None
@@ -336,6 +337,21 @@ def _outer(g: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, dropout: Dropou
     for at in _chunks(len(x)):
         total = total.addmm_(g[at].to(dtype).T, _cast(x, at, dtype, dropout))
     return total
+
+
+def _through(
+    g: torch.Tensor, b: torch.Tensor, h: torch.Tensor | None, *, wanted: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """`g b` of (t, out) and (out, R), if wanted, and `gᵀ h`, if there is h (t, R); in the type of b and h."""
+    dtype = b.dtype
+    if h is None or not wanted or g.dtype == dtype:
+        return _rows(g, b) if wanted else None, None if h is None else _outer(g, h, dtype)
+    total, parts = torch.zeros_like(b), []
+    for at in _chunks(len(g)):  # cast once for both
+        part = g[at].to(dtype)
+        parts.append(part @ b)
+        total = total.addmm_(part.T, h[at])
+    return torch.cat(parts), total
 
 
 def _onto(
