@@ -171,8 +171,8 @@ def add_weighed(
         h, b = _weigh(z, each), b.to(z.dtype).T
         if out.dtype == z.dtype:
             return out.addmm_(h, b, alpha=factor)
-        for at in _chunks(len(z)):  # the sum is rounded once, as where a wide sum is cast
-            out[at].add_(h[at] @ b, alpha=factor)
+        for at in _chunks(len(z)):
+            _add_product(out[at], h[at], b, factor)
         return out
 
 
@@ -365,9 +365,19 @@ def _onto(
     if gx.dtype == g.dtype and dropout is None:
         return gx.addmm_(g, matrix)
     for at in _chunks(len(g)):
-        part = g[at] @ matrix
-        gx[at].add_(part if dropout is None else part * dropout.kept[at] * dropout.scale)
+        if dropout is None:
+            _add_product(gx[at], g[at], matrix)
+        else:
+            gx[at].add_((g[at] @ matrix) * dropout.kept[at] * dropout.scale)
     return gx
+
+
+def _add_product(total: torch.Tensor, h: torch.Tensor, matrix: torch.Tensor, factor: float = 1.0) -> None:
+    """total += factor · h matrix, in types that differ."""
+    if torch.promote_types(total.dtype, h.dtype) == total.dtype:
+        total.add_(h @ matrix, alpha=factor)
+    else:  # rounded once, as a wide sum is; casting there and back is faster than adding types that differ
+        total.copy_(total.to(h.dtype).addmm_(h, matrix, alpha=factor))
 
 
 def _cast(x: torch.Tensor, at: slice, dtype: torch.dtype, dropout: Dropout | None) -> torch.Tensor:
