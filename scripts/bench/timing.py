@@ -88,6 +88,13 @@ def write(arguments: argparse.Namespace, rows: list[dict[str, Any]], names: tupl
         "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "peft", "transformers")},
     }
-    settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "keep")}
-    found = {"settings": settings, "machine": machine, "rows": rows}
-    path.write_text(json.dumps(found, default=str, indent=1, ensure_ascii=False) + "\n")
+    # a model by its name: its path is this machine's
+    settings = {
+        key: Path(value).name if key == "model" else value
+        for key, value in vars(arguments).items()
+        if key not in ("output", "keep")
+    }
+    parts = {"settings": settings, "machine": machine}
+    head = "".join(f"{json.dumps(key)}: {json.dumps(value, default=str)},\n" for key, value in parts.items())
+    lines = ",\n".join(json.dumps(row, default=str, ensure_ascii=False) for row in rows)  # one for each row
+    path.write_text(f'{{{head}"rows": [\n{lines}\n]}}\n')

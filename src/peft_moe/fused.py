@@ -71,12 +71,13 @@ def add(
     if weights is not None and len(weights) == 1 and len(tokens) > a.shape[1]:
         # one task: there are fewer numbers in A to multiply than in rank space
         a, weights = a * kernels.each_rank(weights, bank.spread, a.dtype).T, None
+    p = _dropping(bank)
     made, z, product = kernels.project(
         tokens,
         a,
         base=base if result is None else None,
         gate=gate,
-        dropout=_dropout(bank, x),
+        dropout=kernels.draw_dropout(x, p) if p else None,
         low=kernels.autocast_dtype(x),
     )
     out = made if result is None else _as_tokens(result)
@@ -113,7 +114,7 @@ def _dispatch(
 def experts_to_dispatch(bank: ExpertBank, router: Router | None, x: torch.Tensor) -> int | None:
     """The number of experts of each token of x (..., in), where it pays to compute these alone; else None."""
     least = least_to_dispatch(bank, router, kernels.autocast_dtype(x) or bank.lora_A.weight.dtype)
-    pays = least is not None and x.numel() >= least * x.shape[-1] and not _is_dropping(bank)
+    pays = least is not None and x.numel() >= least * x.shape[-1] and not _dropping(bank)
     return cast(TokenRouter, router).chosen_per_token if pays else None
 
 
@@ -130,7 +131,7 @@ def _weights_of(base: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.T
     if not kernels.is_bare(base, nn.Linear, Conv1D):
         return None
     weight, bias = cast(torch.Tensor, base.weight), cast("torch.Tensor | None", base.bias)
-    # or else an error is due
+    # a base layer that x does not fit is called, for the error that is due
     fits = x.device == weight.device and (x.dtype == weight.dtype or kernels.autocast_dtype(x) is not None)
     return (weight if isinstance(base, nn.Linear) else weight.T, bias) if fits else None
 
@@ -145,12 +146,9 @@ def _gate_of(router: Router | None, x: torch.Tensor) -> torch.Tensor | None:
     return None if changes_x or router.gate.weight.device != x.device else router.gate.weight
 
 
-def _is_dropping(bank: ExpertBank) -> bool:
-    return isinstance(bank.dropout, nn.Dropout) and bank.dropout.training
-
-
-def _dropout(bank: ExpertBank, x: torch.Tensor) -> kernels.Dropout | None:
-    return kernels.draw_dropout(x, bank.dropout.p) if _is_dropping(bank) else None  # type: ignore[arg-type]
+def _dropping(bank: ExpertBank) -> float:
+    """The probability that an element of x is dropped now."""
+    return bank.dropout.p if isinstance(bank.dropout, nn.Dropout) and bank.dropout.training else 0.0
 
 
 def _shaped(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

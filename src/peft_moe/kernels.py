@@ -28,8 +28,6 @@ SWITCH = "PEFT_MOE_KERNELS"
 # Tokens that are cast at once where an adapter's type is not the base layer's; a whole copy of x or of the output would
 # cost what is saved elsewhere, and this many rows are enough for a product to be fast.
 CHUNK = 512
-
-
 # torch's hooks for all modules, in dicts that it has for good.
 GLOBAL_HOOKS = (torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks)
 
@@ -49,8 +47,9 @@ class Dropout(NamedTuple):
     kept: torch.Tensor
     scale: float
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.kept * self.scale
+    def __call__(self, part: torch.Tensor, at: slice = slice(None)) -> torch.Tensor:
+        """What is left of x, or of some of its tokens."""
+        return part * self.kept[at] * self.scale
 
 
 def draw_dropout(x: torch.Tensor, p: float) -> Dropout:
@@ -368,7 +367,7 @@ def _onto(
         if dropout is None:
             _add_product(gx[at], g[at], matrix)
         else:
-            gx[at].add_((g[at] @ matrix) * dropout.kept[at] * dropout.scale)
+            gx[at].add_(dropout(g[at] @ matrix, at))
     return gx
 
 
@@ -383,7 +382,7 @@ def _add_product(total: torch.Tensor, h: torch.Tensor, matrix: torch.Tensor, fac
 def _cast(x: torch.Tensor, at: slice, dtype: torch.dtype, dropout: Dropout | None) -> torch.Tensor:
     """Some tokens, in a type."""
     part = x[at].to(dtype)
-    return part if dropout is None else part * dropout.kept[at] * dropout.scale
+    return part if dropout is None else dropout(part, at)
 
 
 def _times(x: torch.Tensor, factor: float) -> torch.Tensor:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from operator import attrgetter, is_, methodcaller
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -86,10 +86,8 @@ class Shortcut:
         a, b = bank.lora_A.weight, bank.lora_B.weight
         if type(bank) is not ExpertBank or not bank.is_bare or a.dtype != b.dtype:
             return None
-        if isinstance(router, TokenRouter):
-            wide = router.gate.weight.dtype == a.dtype == torch.promote_types(a.dtype, torch.float32)
-            if not wide or not kernels.is_bare(router.gate, TokenGate):
-                return None
+        if isinstance(router, TokenRouter) and not kernels.is_bare(router.gate, TokenGate):
+            return None
         return cls(layer, adapters[0], base)
 
     def fits(self, layer: MoeLinear, x: torch.Tensor) -> bool:
@@ -98,7 +96,7 @@ class Shortcut:
             torch.is_grad_enabled()
             or type(x) is not torch.Tensor
             or x.dtype is not self.weight.dtype
-            or (self.choice is not None and not self.choice.holds)
+            or (self.choice is not None and self.choice.router.inference_select is not self.choice.select)
             or torch.is_autocast_enabled(self.device)
             or torch._C._are_functorch_transforms_active()
             or torch._C._get_tracing_state()
@@ -138,7 +136,7 @@ class Shortcut:
         """(m, R), what ranks are multiplied by; seen: (t, in), x in the type of A."""
         router, choice = self.router, self.choice
         if choice is not None and choice.is_simple and choice.router.statistics is None:
-            return choice.each(seen, self.context.kept)
+            return choice.each(seen, self.context.kept).to(self.a.dtype)
         if isinstance(router, GroupedRouter) and not router.owned:
             return self._each_in_block(router, x)
         view = self.context.view(self.adapter)
@@ -179,7 +177,7 @@ class Choice:
 
     def __init__(self, router: TokenRouter, bank: ExpertBank) -> None:
         self.router, self.gate, self.select = router, router.gate, router.inference_select
-        select, self.weight, self.dtype = self.select, router.gate.weight, router.gate.weight.dtype
+        select = self.select
         is_top_k = isinstance(select, partial) and select.func is top_k
         self.k: int | None = select.keywords["k"] if isinstance(select, partial) and is_top_k else None
         self.is_simple = is_top_k or select is softmax
@@ -195,22 +193,18 @@ class Choice:
         self.temperature: torch.Tensor | float | None = self.gate.fixed_temperature
         self.kept: Any = None  # of the call that the temperature was made in
 
-    @property
-    def holds(self) -> bool:
-        """Whether the router is still what it was."""
-        return self.weight.dtype is self.dtype and self.router.inference_select is self.select
-
     def each(self, seen: torch.Tensor, kept: Any) -> torch.Tensor:
         """(t, R), what ranks are multiplied by.
 
         Args:
-            seen: x (t, in) in the type of the gate's weight.
+            seen: x (t, in).
             kept: what is kept for the span of a call; another one is another call.
         """
-        gate = self.gate
-        if gate.learns_temperature and (kept is None or kept is not self.kept):
-            self.temperature, self.kept = gate.temperature, kept
-        scores = F.linear(seen, gate.weight, gate.bias)
+        gate, dtype = self.gate, self.spread.dtype  # float32 or wider, in which gates compute
+        if gate.temperature_bias is not None and (kept is None or kept is not self.kept):
+            self.temperature, self.kept = cast(torch.Tensor, gate.temperature).to(dtype), kept
+        weight, bias = gate.weight.to(dtype), None if gate.bias is None else gate.bias.to(dtype)
+        scores = F.linear(seen.to(dtype), weight, bias)
         if self.k is None:
             weights = (scores if self.temperature is None else scores / self.temperature).softmax(-1)
         else:

@@ -79,8 +79,8 @@ class TokenGate(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, in_features))
         self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
         self.fixed_temperature = None if learn_temperature else temperature
-        self.learns_temperature = temperature is not None and learn_temperature
-        self.temperature_bias = nn.Parameter(torch.empty(1)) if self.learns_temperature else None
+        learnt = temperature is not None and learn_temperature
+        self.temperature_bias = nn.Parameter(torch.empty(1)) if learnt else None
         self._start = temperature
         self.reset_parameters()
 

@@ -148,7 +148,7 @@ class GroupedRouter(nn.Module):
 
     def _of_tokens(self, e: torch.Tensor, view: View) -> torch.Tensor:
         """(..., E + 1) for e (..., d)."""
-        if view.control is None and self.seen is None and self._is_simple:
+        if view.control is None and self.seen is None and self._is_simple(e):
             return self._in_few_operations(e)
         decision = self._decide(e, view.control, self._scale(e))
         if self.seen is not None:
@@ -157,12 +157,11 @@ class GroupedRouter(nn.Module):
             self.seen.append(Decision(groups, within, decision.mix, mask))
         return self._combine(decision)
 
-    @property
-    def _is_simple(self) -> bool:
+    def _is_simple(self, e: torch.Tensor) -> bool:
         """Whether weights are softmaxes of what a product gives, and no gradient is wanted."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.gate.fixed_mix is None or self.gate.static:
+        if torch.is_grad_enabled() or self.gate.fixed_mix is None or self.gate.static:
             return False
-        return kernels.fused and kernels.is_bare(self.gate, GroupedGate)
+        return kernels.may_fuse(e) and kernels.is_bare(self.gate, GroupedGate)
 
     def _in_few_operations(self, e: torch.Tensor) -> torch.Tensor:
         """The same as deciding and combining, which take some 35 operations; of one token, each costs as much as many.

@@ -116,7 +116,7 @@ class TokenRouter(nn.Module):
             product: (..., E), x times the gate's weight, if it has been made elsewhere.
         """
         scores = self.gate(x) if product is None else self.gate.of_product(product)
-        weights = self._select(scores)
+        weights = (self.select if self.training else self.inference_select)(scores)
         statistics = None if self.statistics is None or not view.counted else self.statistics[self.training]
         ledger = view.ledger if self.training and self.balance else None
         if self.training and self.balance and ledger is None and view.counted and torch.is_grad_enabled():
@@ -130,17 +130,6 @@ class TokenRouter(nn.Module):
                     weights = ledger.charge(f"{view.adapter}.{name}", coefficient, terms[name], weights)
             if statistics is not None:
                 statistics.add(routed, terms, view.ids)
-        return self._of_all(weights)
-
-    def decide(self, scores: torch.Tensor) -> torch.Tensor:
-        """Weights (..., shared + E) of scores (..., E), and nothing else."""
-        return self._of_all(self._select(scores))
-
-    def _select(self, scores: torch.Tensor) -> torch.Tensor:
-        return (self.select if self.training else self.inference_select)(scores)
-
-    def _of_all(self, weights: torch.Tensor) -> torch.Tensor:
-        """Weights of the experts that have matrices, from those of the experts that are chosen among."""
         if self.base_is_empty:
             weights = weights[..., self.num_base :]
         return pad(weights, (self.num_shared, 0), value=1.0) if self.num_shared else weights
