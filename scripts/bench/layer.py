@@ -25,7 +25,7 @@ import torch
 from counting import peak_memory, saved_for_backward
 from methods import DTYPE_LABELS, DTYPES, LABELS, Layers, adapt, config_of, ranks_of, stock_lora, task_ids_of
 from targets import LAYER, target_of, verdict
-from timing import add_options, interleave, shown, summary, write
+from timing import add_options, interleave, keep_memory, shown, summary, write
 from torch import nn
 
 ROOT = Path(__file__).parents[2]
@@ -196,4 +196,5 @@ def print_saved(row: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    keep_memory()
     main()

@@ -29,7 +29,7 @@ import torch
 from counting import peak_memory
 from methods import DTYPE_LABELS, DTYPES, LABELS, adapt, config_of, ranks_of, stock_lora, task_ids_of
 from targets import target_of, verdict
-from timing import add_options, interleave, shown, summary, write
+from timing import add_options, interleave, keep_memory, shown, summary, write
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -191,4 +191,5 @@ def line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    keep_memory()
     main()

@@ -18,7 +18,7 @@ import torch
 from counting import peak_memory
 from layer import TARGETS, random_input, training_step
 from methods import DTYPE_LABELS, DTYPES, Layers, adapt, config_of, ranks_of, stock_lora
-from timing import add_options, interleave, shown, summary, write
+from timing import add_options, interleave, keep_memory, shown, summary, write
 
 ROOT = Path(__file__).parents[2]
 FACTORS = [1, 2, 4, 8, 16, 32, 64]
@@ -93,4 +93,5 @@ def line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    keep_memory()
     main()

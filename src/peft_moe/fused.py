@@ -68,9 +68,10 @@ def add(
         return _dispatch(layer, adapter, x, view, result, base, k, writable=writable)
     weights = None if router is None or gate is not None else _as_tokens(layer.weights(adapter, x, view))
     factor = bank.factors[0] if router is None else 1.0
+    each = None
     if weights is not None and len(weights) == 1 and len(tokens) > a.shape[1]:
         # one task: there are fewer numbers in A to multiply than in rank space
-        a, weights = a * kernels.each_rank(weights, bank.spread, a.dtype).T, None
+        each, weights = kernels.each_rank(weights, bank.spread, a.dtype), None
     p = _dropping(bank)
     made, z, product = kernels.project(
         tokens,
@@ -78,6 +79,7 @@ def add(
         base=base if result is None else None,
         gate=gate,
         dropout=kernels.draw_dropout(x, p) if p else None,
+        each=each,
         low=kernels.autocast_dtype(x),
     )
     out = made if result is None else _as_tokens(result)

@@ -103,6 +103,7 @@ def project(
     base: tuple[torch.Tensor, torch.Tensor | None] | None = None,
     gate: torch.Tensor | None = None,
     dropout: Dropout | None = None,
+    each: torch.Tensor | None = None,
     low: torch.dtype | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
     """The products that read x.
@@ -113,6 +114,7 @@ def project(
         base: weight (out, in) and bias (out,) of the base layer; None if it is called by itself.
         gate: (G, in), read in float32 or wider and without dropout.
         dropout: what the bank sees of x; None for all.
+        each: (1, R), what A's rows are multiplied by, in its type; the product is made again for backward.
         low: the type that products are cast to, but not the gate's; None for those of the weights.
 
     Returns:
@@ -122,10 +124,10 @@ def project(
     kept, scale = (None, 1.0) if dropout is None else dropout
     if torch.is_grad_enabled():
         made: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None] = _Project.apply(
-            x, a, weight, bias, gate, kept, scale, low
+            x, a, weight, bias, gate, kept, scale, each, low
         )
         return made
-    return _project(x, a, weight, bias, gate, dropout, low)
+    return _project(x, _weigh_rows(a, each), weight, bias, gate, dropout, low)
 
 
 def add(
@@ -198,20 +200,24 @@ class _Project(torch.autograd.Function):
         gate: torch.Tensor | None,
         kept: torch.Tensor | None,
         scale: float,
+        each: torch.Tensor | None,
         low: torch.dtype | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-        ctx.save_for_backward(x, a, weight, gate, kept)
+        ctx.save_for_backward(x, a, weight, gate, kept, each)
         ctx.scale, ctx.bias_dtype = scale, None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
-        return _project(x, a, weight, bias, gate, None if kept is None else Dropout(kept, scale), low)
+        dropout = None if kept is None else Dropout(kept, scale)
+        return _project(x, _weigh_rows(a, each), weight, bias, gate, dropout, low)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         # ordinary operations on fresh tensors, so that a second derivative comes out right
-        x, a, weight, gate, kept = ctx.saved_tensors
+        x, rows, weight, gate, kept, each = ctx.saved_tensors
         g, g_z, g_scores = grads
         of_x, of_a, of_weight, of_bias, of_gate = ctx.needs_input_grad[:5]
-        gx = ga = gw = gb = gg = None
+        of_each = ctx.needs_input_grad[7]
+        gx = ga = gw = gb = gg = ge = None
+        a = _weigh_rows(rows, each)
         with _no_autocast(x):
             if g is not None:
                 gx = (g @ weight.to(g.dtype)).to(x.dtype) if of_x else None
@@ -225,11 +231,13 @@ class _Project(torch.autograd.Function):
                 if g_scores is not None:
                     # in the type of what it is added to, since a wide product would be rounded to it afterwards
                     gx = _onto(gx, g_scores if gx is None else g_scores.to(gx.dtype), gate, None, x.dtype)
-            if of_a and g_z is not None:
+            if (of_a or of_each) and g_z is not None:
                 ga = _outer(g_z, x, g_z.dtype, dropout).to(a.dtype)
+                ge = (ga * rows).sum(1).unsqueeze(0) if of_each else None
+                ga = _weigh_rows(ga, each) if of_a else None
             if of_gate and g_scores is not None:
                 gg = _outer(g_scores.to(gate.dtype), x, gate.dtype)
-        return None if gx is None else gx.to(x.dtype), ga, gw, gb, gg, None, None, None
+        return None if gx is None else gx.to(x.dtype), ga, gw, gb, gg, None, None, ge, None
 
 
 class _Add(torch.autograd.Function):
@@ -313,6 +321,11 @@ def _weigh(z: torch.Tensor, each: torch.Tensor | None) -> torch.Tensor:
     if each is None:
         return z
     return z * each if len(each) in (1, len(z)) else (z.unflatten(0, (len(each), -1)) * each.unsqueeze(1)).flatten(0, 1)
+
+
+def _weigh_rows(a: torch.Tensor, each: torch.Tensor | None) -> torch.Tensor:
+    """A (R, in), its rows times (1, R)."""
+    return a if each is None else a * each.T
 
 
 def _of_weights(g: torch.Tensor, weights: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:

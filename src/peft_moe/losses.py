@@ -114,12 +114,16 @@ def mean_over_tokens(values: torch.Tensor, mask: torch.Tensor | None) -> torch.T
     """(n, s, k) to (k,): the mean over the tokens that count."""
     if mask is None:
         return values.flatten(0, -2).mean(0)
-    return (values * mask.unsqueeze(-1)).flatten(0, -2).sum(0) / mask.sum().clamp_min(1)
+    return _sum_over_tokens(values, mask) / mask.sum().clamp_min(1)
+
+
+def _sum_over_tokens(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return (values if mask is None else values * mask.unsqueeze(-1)).flatten(0, -2).sum(0)
 
 
 def _shares(routed: Routed) -> torch.Tensor:
     """How the special experts' weight is shared among them."""
-    weight = mean_over_tokens(routed.weights, routed.mask)[routed.num_base :]
+    weight = _sum_over_tokens(routed.weights, routed.mask)[routed.num_base :]
     return weight / weight.sum().clamp_min(TINY)
 
 

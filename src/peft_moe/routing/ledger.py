@@ -152,8 +152,8 @@ class _Carry(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        factor = torch.as_tensor(ctx.ledger.factor(ctx.account)).to(ctx.like)
-        return g, ctx.coefficient * factor, None, None, None
+        factor = ctx.coefficient * ctx.ledger.factor(ctx.account)
+        return g, torch.as_tensor(factor).to(ctx.like), None, None, None
 
 
 class _Watch(torch.autograd.Function):
