@@ -128,6 +128,7 @@ ORDER = [
     {"calibrate", "card_methods", "directory", "resume"},
     {"compose", "fold", "fold_card", "hotswap"},
     {"metrics", "reading", "arguments", "data"},
+    {"report"},
     {"callbacks", "evaluation", "rollouts", "training", "card"},
     {"cli", "integrations"},
 ]

@@ -1,30 +1,17 @@
-"""The command `peft-moe`."""
+"""`peft-moe fold`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command. Returns the exit code: 0, or 1 with one line on standard error."""
-    arguments = _parser().parse_args(argv)
-    try:
-        arguments.run(arguments)
-    except (ValueError, OSError) as error:
-        print(f"peft-moe: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="peft-moe", description="Work with mixture-of-LoRA-experts adapters.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    fold = commands.add_parser("fold", help="write tasks of an adapter as stock LoRAs", description=_fold.__doc__)
+def add_to(commands: Any) -> None:
+    """Add the subcommand to those of `peft-moe`."""
+    fold = commands.add_parser("fold", help="write tasks of an adapter as stock LoRAs", description=run.__doc__)
     fold.add_argument("adapter", metavar="ADAPTER", help="directory or Hub id of the adapter")
     which = fold.add_mutually_exclusive_group()
     which.add_argument("--task", help="MOELoRA: name or id of the task")
@@ -52,16 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--batch-size", type=int, default=8, help="rows run at once")
     calibrate.add_argument("--max-length", type=int, default=1024, help="tokens of a row")
     fold.add_argument("--overwrite", action="store_true", help="replace adapters that are there already")
-    fold.set_defaults(run=_fold)
-    compose = commands.add_parser("compose", help="make one out of trained LoRAs", description=_compose.__doc__)
-    compose.add_argument(
-        "recipe", metavar="FILE.yaml", type=Path, help="fields of GroupedMoeConfig; docs/at_moe.md has one"
-    )
-    compose.add_argument("--out", required=True, type=Path, help="directory to write")
-    compose.add_argument("--base-model", help="base model, in place of the one that the file or the experts name")
-    compose.add_argument("--overwrite", action="store_true", help="replace an adapter that is there already")
-    compose.set_defaults(run=_compose)
-    return parser
+    fold.set_defaults(run=run)
 
 
 def _mapping(text: str) -> dict[str, Any]:
@@ -71,19 +49,11 @@ def _mapping(text: str) -> dict[str, Any]:
     return value
 
 
-def _compose(arguments: argparse.Namespace) -> None:
-    """Make an AT-MoE adapter out of trained LoRAs; the base model's weights are not loaded."""
-    from .compose import compose
-
-    out = compose(arguments.recipe, arguments.out, base_model=arguments.base_model, overwrite=arguments.overwrite)
-    print(f"The adapter is in {out}. Its routers are new and weigh experts evenly until they are trained.")
-
-
-def _fold(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Write an adapter as a stock LoRA: for a task, with fixed weights, or as what comes closest to it over data."""
-    from . import GroupedMoeConfig, MoeConfig
-    from .directory import read_config
-    from .fold import fold
+    from .. import GroupedMoeConfig, MoeConfig
+    from ..directory import read_config
+    from ..fold import fold
 
     hub = {"revision": arguments.revision} if arguments.revision else {}
     config = read_config(arguments.adapter, **hub)
@@ -118,16 +88,15 @@ def _fold(arguments: argparse.Namespace) -> None:
 
 def _calibrated(arguments: argparse.Namespace, config: Any, hub: dict[str, Any]) -> Any:
     """The adapter on its base model, calibrated on rows of the data."""
-    from accelerate import PartialState
-    from peft import PeftModel
     from torch.utils.data import DataLoader
-    from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
+    from transformers import DataCollatorForSeq2Seq
 
-    from .calibrate import calibrate
-    from .checks import check_count
-    from .data import encode, read_examples
-    from .directory import check_free
-    from .fold import check_config
+    from ..calibrate import calibrate
+    from ..checks import check_count
+    from ..data import encode, read_examples
+    from ..directory import check_free
+    from ..fold import check_config
+    from .loading import Source
 
     check_free(arguments.out, overwrite=arguments.overwrite)  # before the work
     check_config(config, arguments.adapter)
@@ -136,34 +105,12 @@ def _calibrated(arguments: argparse.Namespace, config: Any, hub: dict[str, Any])
             check_count(f"--{option.replace('_', '-')}", getattr(arguments, option), "no count")
     examples = read_examples(arguments.calibrate, split=arguments.split).shuffle(seed=0)
     examples = examples.select(range(min(arguments.rows, len(examples))))
-    base = arguments.base_model or config.base_model_name_or_path
-    revision = {} if arguments.base_model or not config.revision else {"revision": config.revision}
-    tokenizer = _tokenizer(arguments.adapter, hub, base, revision)
+    source = Source(arguments.adapter, config, base_model=arguments.base_model, hub=hub)
+    tokenizer = source.tokenizer()
     rows = encode(examples, tokenizer, tasks=None, max_length=arguments.max_length)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", **revision).to(PartialState().device)
-    model = PeftModel.from_pretrained(model, arguments.adapter, **hub)
+    model = source.model()
     batch_size = min(arguments.batch_size, max(1, len(rows) // 5))  # so that a fifth can be held out
     collator: Any = DataCollatorForSeq2Seq(tokenizer)
     batches: Any = DataLoader(rows, batch_size=batch_size, collate_fn=collator)
     print(calibrate(model, batches, rank=arguments.rank, progress=True))
     return model
-
-
-def _tokenizer(adapter: str, hub: dict[str, Any], base: str, revision: dict[str, Any]) -> Any:
-    """The tokenizer that was saved with the adapter, or else the base model's; it pads."""
-    from transformers import AutoTokenizer
-    from transformers.utils.hub import cached_file
-
-    try:
-        cached_file(adapter, "tokenizer_config.json", **hub)
-    except OSError:
-        tokenizer = AutoTokenizer.from_pretrained(base, **revision)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(adapter, **hub)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,25 @@
+"""The command `peft-moe`: a module for each of its subcommands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import compose, fold
+
+COMMANDS = (fold, compose)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. Returns the exit code: 0, or 1 with one line on standard error."""
+    parser = argparse.ArgumentParser(prog="peft-moe", description="Work with mixture-of-LoRA-experts adapters.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_to(commands)
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"peft-moe: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0

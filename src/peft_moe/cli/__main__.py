@@ -1,0 +1,7 @@
+"""`python -m peft_moe.cli` is `peft-moe`."""
+
+import sys
+
+from . import main
+
+sys.exit(main())

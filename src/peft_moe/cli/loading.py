@@ -1,0 +1,45 @@
+"""An adapter on its base model, and its tokenizer, as subcommands need them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Source:
+    """Where an adapter and its base model are.
+
+    Args:
+        adapter: directory or Hub id.
+        config: the adapter's config.
+        base_model: in place of the one that the config names.
+        hub: for a Hub adapter, `revision`.
+    """
+
+    def __init__(self, adapter: str, config: Any, *, base_model: str | None, hub: dict[str, Any]) -> None:
+        self.adapter, self.hub = adapter, hub
+        self.base = base_model or config.base_model_name_or_path
+        self.base_hub = {} if base_model or not config.revision else {"revision": config.revision}
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that was saved with the adapter, or else the base model's; it pads."""
+        from transformers import AutoTokenizer
+        from transformers.utils.hub import cached_file
+
+        try:
+            cached_file(self.adapter, "tokenizer_config.json", **self.hub)
+        except OSError:
+            tokenizer = AutoTokenizer.from_pretrained(self.base, **self.base_hub)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(self.adapter, **self.hub)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def model(self) -> Any:
+        """The adapter on its base model, on the device that accelerate chooses."""
+        from accelerate import PartialState
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained(self.base, dtype="auto", **self.base_hub)
+        return PeftModel.from_pretrained(base.to(PartialState().device), self.adapter, **self.hub)

@@ -1,0 +1,1 @@
+"""What an adapter is and what its routers do, as plain numbers, tables, pictures and a page."""
