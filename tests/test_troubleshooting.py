@@ -1,0 +1,147 @@
+"""The texts that the page on troubleshooting quotes are those that the source raises, and peft's are peft's."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from helpers import routed
+from tiny_models import make_model
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "guides" / "troubleshooting.md"
+SOURCES = [*sorted((ROOT / "src" / "peft_moe").rglob("*.py")), ROOT / "scripts" / "train.py"]
+VALUE = "…"  # what the page writes in the place of a value
+ALIEN = "## Without the import"  # the section with errors of peft and transformers
+
+
+def quotes(section: str) -> list[tuple[str, str]]:
+    """Exception and text of each message that is quoted in a part of the page."""
+    found = []
+    for block in re.findall(r"^```text\n(.*?)\n```$", section, flags=re.MULTILINE | re.DOTALL):
+        kind, _, text = " ".join(block.split()).partition(": ")
+        found.append((kind, text))
+    return found
+
+
+def sections() -> tuple[str, str]:
+    """The section with errors of others, and the rest of the page."""
+    before, alien, after = PAGE.read_text(encoding="utf-8").partition(ALIEN)
+    assert alien
+    alien, following, rest = after.partition("\n## ")
+    return alien, before + following + rest
+
+
+def constants(tree: ast.Module) -> dict[str, str]:
+    """Names that are given one text, once, in a module."""
+    given = [
+        (node.targets[0].id, node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
+    ]
+    times = Counter(name for name, _ in given)
+    return {
+        name: value.value
+        for name, value in given
+        if times[name] == 1 and isinstance(value, ast.Constant) and isinstance(value.value, str)
+    }
+
+
+def template(node: ast.expr, known: dict[str, str]) -> str:
+    """The text of a string or f-string, with `VALUE` for what is filled in when it is raised."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(template(part, known) for part in node.values)
+    if isinstance(node, ast.FormattedValue) and isinstance(node.value, ast.Name) and node.value.id in known:
+        return known[node.value.id]
+    return VALUE
+
+
+def squeezed(text: str) -> str:
+    """With single spaces, and one `VALUE` for several that touch."""
+    return re.sub(f"{VALUE}+", VALUE, " ".join(text.split()))
+
+
+def strings(node: ast.AST) -> Iterator[ast.expr]:
+    """Whole strings and f-strings below a node, without the parts of the latter."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.JoinedStr) or (isinstance(child, ast.Constant) and isinstance(child.value, str)):
+            yield child
+        else:
+            yield from strings(child)
+
+
+@cache
+def messages() -> dict[str, set[str]]:
+    """By text, the names that stand in the functions where it does: among them the exception or warning."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES]
+    imported = constants(ast.Module([statement for tree in trees for statement in tree.body], []))
+    found: dict[str, set[str]] = {}
+    for tree in trees:
+        known = imported | constants(tree)
+        for place in [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.Module))]:
+            names = {n.id for n in ast.walk(place) if isinstance(n, ast.Name)}
+            body = place.body if isinstance(place, ast.FunctionDef) else [n for n in place.body if isinstance(n, ast.If)]
+            for string in (string for statement in body for string in strings(statement)):
+                found.setdefault(squeezed(template(string, known)), set()).update(names)
+    return found
+
+
+QUOTES = quotes(sections()[1])
+
+
+def test_the_page_has_many_messages_each_once():
+    assert len(QUOTES) >= 25
+    assert not [quote for quote, times in Counter(QUOTES).items() if times > 1]
+
+
+@pytest.mark.parametrize(("kind", "text"), QUOTES, ids=[text[:40] for _, text in QUOTES])
+def test_a_quoted_message_is_one_of_the_source(kind, text):
+    assert text in messages(), text
+    assert kind in messages()[text], kind
+
+
+def test_what_is_no_message_is_not_found():
+    text = "r=… does not split over num_experts=…; use r=…."
+    assert text in messages()
+    assert text.replace("split", "divide") not in messages()
+    assert text.replace(VALUE, "4", 1) not in messages()
+
+
+# What a user of peft writes who has forgotten the import; `adapter` is a folder.
+LOADERS = {
+    "PeftModel.from_pretrained": (
+        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n"
+        "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)"
+    ),
+    "AutoPeftModelForCausalLM.from_pretrained": (
+        "from peft import AutoPeftModelForCausalLM\nAutoPeftModelForCausalLM.from_pretrained(adapter)"
+    ),
+    "PeftConfig.from_pretrained": "from peft import PeftConfig\nPeftConfig.from_pretrained(adapter)",
+    "AutoModelForCausalLM.from_pretrained": (
+        "from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained(adapter)"
+    ),
+}
+
+
+def test_the_errors_without_the_import_are_these(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    make_model("llama").save_pretrained(base)
+    model = routed(default_task="icd")
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(adapter)
+    errors = set()
+    for code in LOADERS.values():
+        whole = f"base, adapter = {str(base)!r}, {str(adapter)!r}\n{code}"
+        done = subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True)
+        assert done.returncode == 1
+        errors.add(done.stderr.strip().splitlines()[-1])
+    page = sections()[0]
+    assert errors == {f"{kind}: {text}" for kind, text in quotes(page)}
+    assert all(f"`{name}" in page for name in LOADERS)
