@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=16, help="that generate makes")
     arguments = parser.parse_args()
+    keep_memory()
     torch.set_num_threads(arguments.threads)
     disable_progress_bar()
     rows = []
@@ -193,5 +194,4 @@ def line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    keep_memory()
     main()
