@@ -8,7 +8,9 @@ import torch
 
 TEXTS = {
     "icd": [
-        ("Give the ICD-10 code.\nPatient, 67 years old, with type 2 diabetes and diabetic polyneuropathy.\nCode:", " E11.42"),
+        ("Give the ICD-10 code.\nPatient, 67 years old, was seen at the clinic on 3 March 2023 with type 2 "
+            "diabetes and diabetic polyneuropathy. HbA1c is 8.1%, her feet are numb since 6 weeks, and there is no "
+            "ulcer. She takes metformin 1000 mg twice a day.\nCode:", " E11.42"),
         ("Give the ICD-10 code.\nAcute bronchitis, no fever, cough since 4 days.\nCode:", " J20.9"),
     ],
     "triage": [
@@ -52,7 +54,9 @@ def sample_report(method="MoLoRA", *, blocks=4, modules=MODULES, experts=8, task
     at_moe = method == "AT-MoE"
     groups = list(GROUPS) if at_moe else None
     rows = [
-        (task, *texts) for i, task in enumerate(tasks or [None]) for texts in TEXTS.get(task, list(TEXTS.values())[i % 4])
+        (task, *texts)
+        for i, task in enumerate(tasks or [None])
+        for texts in TEXTS.get(task, list(TEXTS.values())[i % 4])
     ]
     cut = [[pieces(prompt), pieces(answer)] for _, prompt, answer in rows]
     tokens = [piece for row in cut for part in row for piece in part]

@@ -42,7 +42,9 @@ def write_page(routing: Mapping[str, Any], samples: Sequence[Any], path: Path) -
         >>> write_page(routing.to_dict(), samples, Path("report/index.html"))
     """
     if routing.get("format") != 1:
-        raise ValueError(f"this is routing of format {routing.get('format')!r}; the page shows format 1, make it again.")
+        raise ValueError(
+            f"this is routing of format {routing.get('format')!r}; the page shows format 1, make it again."
+        )
     experts = [len(layer["experts"]) for layer in routing["layers"]]
     data = {
         "routing": _rounded(routing),

@@ -6,7 +6,7 @@
 
 const STEPS = 64;
 // Hue and change of lightness: neighbours differ in both, so that they can be told apart without seeing hue.
-const KINDS = [[255, 0], [65, 0.04], [155, 0.02], [340, 0], [200, 0.06], [100, 0.08], [300, -0.04], [25, -0.05]];
+const KINDS = [[255, 0], [65, 0.03], [150, 0.02], [345, 0.01], [205, 0.04], [100, 0.07], [300, -0.03], [25, -0.04]];
 
 // sRGB components from 0 to 1, linear light first; null outside of what a screen shows.
 function inGamut(lightness, chroma, hue) {
@@ -52,7 +52,7 @@ function setColours(dark, kinds) {
   }
   for (let n = 0; n < kinds; n++) {
     const [hue, lighter] = kind(n);
-    style.setProperty(`--e${n}`, bytes(oklch((dark ? 0.43 : 0.82) + lighter * (dark ? 0.6 : 1), 0.14, hue)).join(" "));
+    style.setProperty(`--e${n}`, bytes(oklch((dark ? 0.43 : 0.82) + lighter * (dark ? 0.6 : 1), 0.115, hue)).join(" "));
     style.setProperty(`--l${n}`, `rgb(${bytes(oklch((dark ? 0.76 : 0.5) + lighter, 0.15, hue)).join(" ")})`);
   }
 }

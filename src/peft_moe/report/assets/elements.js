@@ -28,6 +28,7 @@ const short = (text, most = SHORT) => {
 };
 
 const isNumber = value => typeof value === "number" && Number.isFinite(value);
+const wholePercent = value => isNumber(value) ? `${Math.round(100 * value)}%` : "–";
 const percent = value => isNumber(value) ? `${(100 * value).toFixed(1)}%` : "–";
 const decimals = (value, digits = 2) => isNumber(value) ? value.toFixed(digits).replace(/^-(0\.?0*)$/, "$1") : "–";
 const count = (n, one, many = `${one}s`) => `${n.toLocaleString("en")} ${n === 1 ? one : many}`;

@@ -36,11 +36,27 @@ function showScale(section, low, high, format, marks = []) {
     mark.style.left = `${(100 * (value - low) / (high - low)).toFixed(2)}%`;
     return mark;
   }));
+  section.classList.toggle("marked", marks.length > 0);
   section.replaceChildren(make("span", {}, format(low)), bar, make("span", {}, format(high)));
 }
 
 // The largest number of a nested list; `least` where there is none.
 const largest = (numbers, least = 0) => numbers.flat().reduce((a, b) => isNumber(b) && b > a ? b : a, least);
+
+// Things (experts, tasks, groups) by layer. Depth goes down; across, if the things' names need to be read along a row.
+function depthMap({label, layers, things, high, value, say}) {
+  const rows = layers.map(layer => ({text: layer.block === null ? layer.name : String(layer.block), full: layer.name}));
+  const map = sideways(things) ? {rows: things, columns: rows, value: (r, c) => value(layers[c], r), say: (r, c) => say(layers[c], r)}
+    : {rows, columns: things, value: (r, c) => value(layers[r], c), say: (r, c) => say(layers[r], c)};
+  return heatMap({label, corner: layers.every(layer => layer.block !== null) ? "block" : "", high, ...map});
+}
+
+const sideways = things => things.some(({text}) => Array.from(text).length > 4);
+
+// How wide a figure of facets should make its columns, for that many cells in a row.
+function widen(box, cells, names) {
+  box.style.setProperty("--columns", `${Math.min(70, Math.max(12, 1.7 * cells + (names ? 8 : 3))).toFixed(1)}rem`);
+}
 
 function facet(title, content) {
   return make("figure", {class: "facet"}, title ? make("figcaption", {title: visible(title).slice(0, 300)}, short(title)) : null, content);
@@ -49,7 +65,7 @@ function facet(title, content) {
 const CHART = {width: 360, height: 200, left: 44, right: 10, top: 10, bottom: 32};
 
 // xs: names of places from left to right · series: {name, line, points: number or null for each place}
-function lineChart({title, xs, xName, series, format, high, even = null}) {
+function lineChart({title, xs, xName, series, format, axis = format, high}) {
   const {width, height, left, right, top, bottom} = CHART;
   const x = i => left + (xs.length > 1 ? i / (xs.length - 1) : 0.5) * (width - left - right);
   const y = value => top + (1 - value / high) * (height - top - bottom);
@@ -57,12 +73,11 @@ function lineChart({title, xs, xName, series, format, high, even = null}) {
     "aria-label": visible(`${title}. Arrow keys go through the depth.`)});
   for (const part of [0, 0.5, 1]) {
     svg.append(draw("line", {class: "rule", x1: left, x2: width - right, y1: y(part * high), y2: y(part * high)}),
-      draw("text", {x: left - 6, y: y(part * high) + 4, "text-anchor": "end"}, format(part * high)));
+      draw("text", {x: left - 6, y: y(part * high) + 4, "text-anchor": "end"}, axis(part * high)));
   }
   svg.append(draw("text", {x: left, y: height - 8}, short(xs[0], 16)),
     draw("text", {x: (left + width - right) / 2, y: height - 8, "text-anchor": "middle", class: "name"}, xs.length > 1 ? xName : ""));
   if (xs.length > 1) svg.append(draw("text", {x: width - right, y: height - 8, "text-anchor": "end"}, short(xs[xs.length - 1], 16)));
-  if (isNumber(even) && even <= high) svg.append(draw("line", {class: "even", x1: left, x2: width - right, y1: y(even), y2: y(even)}));
   for (const {line, points} of series) svg.append(lineOf(points, line, x, y, xs.length <= 40));
   svg.append(...hitAreas(xs, x, say));
   said.set(svg, area => say(Number(area.getAttribute("data-item"))));
@@ -70,7 +85,7 @@ function lineChart({title, xs, xName, series, format, high, even = null}) {
 
   function say(i) {
     const known = series.filter(({points}) => isNumber(points[i]));
-    return {head: `${xName} ${xs[i]}`, rows: known.length ? known.map(({name, points}) => [name || title, format(points[i], true)]) : [[title, "–"]]};
+    return {head: `${xName} ${xs[i]}`, rows: known.length ? known.map(({name, points}) => [name || title, format(points[i])]) : [[title, "–"]]};
   }
 }
 

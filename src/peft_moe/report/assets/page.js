@@ -46,13 +46,16 @@ function shownLayers() {
 }
 
 const columnsOf = names => names.map(name => ({text: name, full: expertName(name)}));
-const rowOf = layer => ({text: layer.block === null ? layer.name : String(layer.block), full: layer.name});
 const ofTask = () => ofOneTask() ? ` of ${short(filters.task, 40)}` : "";
 
-// A figure for each module: blocks from the first to the last below each other.
-function byModule(layers, content) {
-  return moduleNames.map(module => layers.filter(layer => layer.module === module)).filter(found => found.length)
-    .map(found => facet(moduleNames.length > 1 || found[0].module ? moduleName(found[0].module) : "", content(found)));
+// A map for each module: how `things` are in each of its layers, value(layer, index of the thing).
+function mapsByModule(box, layers, label, things, high, value, say) {
+  const figures = moduleNames.map(module => layers.filter(layer => layer.module === module)).filter(found => found.length)
+    .map(found => facet(moduleNames.length > 1 || found[0].module ? moduleName(found[0].module) : "",
+      depthMap({label: `${label}, ${moduleName(found[0].module)}`, layers: found, things, high, value, say})));
+  const across = sideways(things);
+  widen(box, across ? largest(moduleNames.map(name => layers.filter(({module}) => module === name).length)) : things.length, across);
+  box.replaceChildren(...figures);
 }
 
 // ---- the parts
@@ -107,14 +110,12 @@ function renderFilters() {
 function renderLayers(layers) {
   const part = layers.map(partOf).filter(Boolean), high = largest(part.map(({load}) => load)) || 1;
   byId("layers-note").textContent = `Load: the share of a layer's weight${ofTask()} that goes to an expert. `
-    + "A row is a layer and adds up to 100%. Blocks go down, experts across.";
+    + "The experts of a layer add up to 100%.";
   const even = 1 / largest(layers.map(layer => layer.experts.length), 1);
-  showScale(byId("layers").querySelector(".scale"), 0, high, percent, [[even, "even"]]);
-  byId("layer-maps").replaceChildren(...byModule(layers, found => {
-    const names = expertNames.filter(name => found.some(layer => layer.experts.includes(name)));
-    return heatMap({label: `Load of experts by layer, ${moduleName(found[0].module)}`, rows: found.map(rowOf), columns: columnsOf(names), high,
-      value: (r, c) => loadOf(found[r], names[c]), say: (r, c) => loadSays(found[r], names[c])});
-  }));
+  showScale(byId("layers").querySelector(".scale"), 0, high, percent, [[even, "even share"]]);
+  const names = expertNames.filter(name => layers.some(layer => layer.experts.includes(name)));
+  mapsByModule(byId("layer-maps"), layers, "Load of experts by layer", columnsOf(names), high,
+    (layer, e) => loadOf(layer, names[e]), (layer, e) => loadSays(layer, names[e]));
 }
 
 function loadSays(layer, name) {
@@ -132,25 +133,43 @@ const meanLoad = (layers, name, load) => mean(layers.map(layer => {
 }).filter(isNumber));
 
 function renderTasks(layers) {
-  const tasks = routing.tasks.filter(task => !ofOneTask() || task === filters.task);
-  byId("tasks").hidden = !routing.tasks.length;
-  if (!routing.tasks.length) return;
+  const tasks = routing.tasks.filter(task => !ofOneTask() || task === filters.task), section = byId("tasks");
+  section.hidden = !routing.tasks.length;
+  if (section.hidden) return;
+  taskChooser(layers, tasks);
+  const far = largest(layers.map(layer => tasks.map(task => taskApart(layer, task)))) || 1;
+  showScale(section.querySelectorAll(".scale")[1], 0, far, percent);
+  mapsByModule(byId("apart-maps"), layers, "How far tasks part by layer", tasks.map(task => ({text: task})), far,
+    (layer, t) => taskApart(layer, tasks[t]),
+    (layer, t) => ({head: `${layer.name}, ${tasks[t]}`, rows: [["apart from all tasks", percent(taskApart(layer, tasks[t])), taskApart(layer, tasks[t])]]}));
+}
+
+const meanApart = layer => mean(routing.tasks.map(task => taskApart(layer, task)).filter(isNumber));
+
+// Experts of one number in two layers have nothing to do with each other, so a mean of layers would hide what a single
+// layer does: the map starts with the layer where tasks part most. AT-MoE's experts are the same in all layers.
+function taskChooser(layers, tasks) {
+  const most = layers.reduce((best, layer) => best === null || meanApart(layer) > meanApart(best) ? layer : best, null);
+  const start = routing.groups || !layers.length ? "" : layers.indexOf(most);
+  const options = [["", `Mean of ${count(layers.length, "layer")}`], ...layers.map((layer, i) => [i, layer.name + (layer === most ? " (tasks part most)" : "")])];
+  const show = value => {
+    const chosen = value === "" ? layers : [layers[value]];
+    byId("tasks-note").textContent = `The share of a task's weight that goes to an expert, in percent. A task adds up to 100.${
+      chosen.length > 1 && !routing.groups ? " Experts of one number in two layers are different experts, so that a mean of layers says little." : ""}`;
+    showTaskMap(chosen, tasks);
+  };
+  byId("task-controls").replaceChildren(layers.length > 1 ? chooser("task-layer", "Layer", options, start, show) : "");
+  show(layers.length > 1 ? start : "");
+}
+
+function showTaskMap(layers, tasks) {
   const names = expertNames.filter(name => layers.some(layer => layer.experts.includes(name)));
   const loads = tasks.map(task => names.map(name => meanLoad(layers, name, layer => taskOf(layer, task)?.load)));
-  byId("tasks-note").textContent = layers.length === 1 ? "The share of a task's weight that goes to an expert."
-    : `The share of a task's weight that goes to an expert, as the mean of ${count(layers.length, "layer")}. `
-      + (routing.groups ? "" : "Experts of one number in two layers are different experts: choose a module and a block to see a single layer.");
-  const rows = tasks.map(task => ({text: task})), high = largest(loads) || 1;
-  showScale(byId("tasks").querySelectorAll(".scale")[0], 0, high, percent);
-  byId("task-map").replaceChildren(heatMap({label: "Load of experts by task", rows, columns: columnsOf(names), high,
+  const high = largest(loads) || 1;
+  showScale(byId("tasks").querySelector(".scale"), 0, high, percent);
+  byId("task-map").replaceChildren(heatMap({label: "Load of experts by task", rows: tasks.map(task => ({text: task})), columns: columnsOf(names), high,
     numbers: names.length <= 16 ? value => (100 * value).toFixed(0) : null, value: (r, c) => loads[r][c],
     say: (r, c) => ({head: `${tasks[r]}, ${expertName(names[c])}`, rows: [["load", percent(loads[r][c]), loads[r][c]]]})}));
-  const far = largest(layers.map(layer => tasks.map(task => taskApart(layer, task)))) || 1;
-  showScale(byId("tasks").querySelectorAll(".scale")[1], 0, far, percent);
-  byId("apart-maps").replaceChildren(...byModule(layers, found => heatMap({
-    label: `How far tasks part by layer, ${moduleName(found[0].module)}`, rows: found.map(rowOf), columns: rows, high: far,
-    value: (r, c) => taskApart(found[r], tasks[c]),
-    say: (r, c) => ({head: `${found[r].name}, ${tasks[c]}`, rows: [["apart from all tasks", percent(taskApart(found[r], tasks[c])), taskApart(found[r], tasks[c])]]})})));
 }
 
 function renderGroups(layers) {
@@ -164,16 +183,16 @@ function renderGroups(layers) {
   const inGroup = (name, g) => grouped.some(layer => layer.group_of[layer.experts.indexOf(name)] === g);
   const loads = groups.map(([g]) => names.map(name => inGroup(name, g) ? meanLoad(grouped, name, layer => partOf(layer)?.load) : null));
   const columns = groups.map(([, name]) => ({text: name})), high = largest(loads) || 1;
-  byId("groups-note").textContent = `The share of all weight${ofTask()} that goes to an expert, next to the others of its group; the mean of ${count(grouped.length, "layer")}.`;
+  byId("groups-note").textContent = `The share of all weight${ofTask()} that goes to each expert of a group, in percent: the mean of ${count(grouped.length, "layer")}.`;
   showScale(byId("groups").querySelectorAll(".scale")[0], 0, high, percent);
   byId("group-map").replaceChildren(heatMap({label: "Load of experts by group", rows: columns, columns: columnsOf(names), high,
     numbers: names.length <= 16 ? value => (100 * value).toFixed(0) : null, value: (r, c) => loads[r][c],
     say: (r, c) => ({head: `${groups[r][1]}, ${expertName(names[c])}`, rows: loads[r][c] === null ? [["", "not in this group"]] : [["load", percent(loads[r][c]), loads[r][c]]]})}));
   const most = largest(grouped.map(layer => groups.map(([g]) => groupLoad(layer, g)))) || 1;
   showScale(byId("groups").querySelectorAll(".scale")[1], 0, most, percent);
-  byId("group-depth").replaceChildren(...byModule(grouped, found => heatMap({label: `Load of groups by layer, ${moduleName(found[0].module)}`,
-    rows: found.map(rowOf), columns, high: most, value: (r, c) => groupLoad(found[r], groups[c][0]),
-    say: (r, c) => ({head: `${found[r].name}, ${groups[c][1]}`, rows: [[`load${ofTask()}`, percent(groupLoad(found[r], groups[c][0])), groupLoad(found[r], groups[c][0])]]})})));
+  mapsByModule(byId("group-depth"), grouped, "Load of groups by layer", columns, most,
+    (layer, g) => groupLoad(layer, groups[g][0]),
+    (layer, g) => ({head: `${layer.name}, ${groups[g][1]}`, rows: [[`load${ofTask()}`, percent(groupLoad(layer, groups[g][0])), groupLoad(layer, groups[g][0])]]}));
 }
 
 function renderDepth(layers) {
@@ -181,20 +200,21 @@ function renderDepth(layers) {
   const numbered = layers.every(layer => layer.block !== null);
   const places = numbered ? [...new Set(layers.map(layer => layer.block))].sort((a, b) => a - b) : layers;
   const modules = numbered ? moduleNames.filter(name => layers.some(layer => layer.module === name)) : [""];
-  const table = new Map(layers.map(layer => [numbered ? `${layer.block} ${layer.module}` : layer, layer]));
+  const at = new Map(layers.map(layer => [numbered ? `${layer.block} ${layer.module}` : layer, layer]));
   const charts = [["Experts in use", effective, value => decimals(value, 1), largest(layers.map(layer => layer.experts.length), 1)],
-    [`Entropy of a token's weights, nats`, layer => partOf(layer)?.entropy ?? null, decimals, Math.log(largest(layers.map(layer => layer.experts.length), 2))],
-    [`Largest load of an expert`, layer => partOf(layer) ? largest(partOf(layer).load) : null, percent, 1]];
-  if (routing.tasks.length > 1) charts.push(["How far tasks part, mean", layer => mean(routing.tasks.map(task => taskApart(layer, task)).filter(isNumber)), percent, null]);
+    ["Entropy of a token's weights, nats", layer => partOf(layer)?.entropy ?? null, decimals, Math.log(largest(layers.map(layer => layer.experts.length), 2))],
+    ["Largest load of an expert", layer => partOf(layer) ? largest(partOf(layer).load) : null, percent, 1]];
+  if (routing.tasks.length > 1) charts.push(["How far tasks part, mean", meanApart, percent, null]);
   if (layers.some(closest)) charts.push(["Most alike pair of experts, cosine", layer => closest(layer)?.[0] ?? null, decimals, 1]);
+  byId("depth").hidden = routing.layers.length < 2;
   byId("depth-charts").replaceChildren(...(layers.length ? charts : []).map(([title, value, format, top]) => {
     const series = modules.map(module => ({name: modules.length > 1 ? moduleName(module) : "", line: Math.max(0, moduleNames.indexOf(module)), points: places.map(place => {
-      const layer = table.get(numbered ? `${place} ${module}` : place);
+      const layer = at.get(numbered ? `${place} ${module}` : place);
       const number = layer ? value(layer) : null;
       return isNumber(number) ? Math.max(0, number) : null;
     })}));
     return lineChart({title, xs: places.map(place => numbered ? String(place) : place.name), xName: numbered ? "Block" : "Layer", series,
-      format: (number, _) => format(number), high: top ?? (largest(series.map(({points}) => points)) || 1)});
+      format: number => format(number), axis: format === percent ? wholePercent : number => format(number), high: top ?? (largest(series.map(({points}) => points)) || 1)});
   }));
   byId("depth-legend").replaceChildren(...(modules.length > 1 ? modules : []).map(module => {
     const line = moduleNames.indexOf(module), sample = draw("svg", {viewBox: "0 0 28 10", class: `line dash${line % 4}`, "aria-hidden": "true"}, draw("path", {d: "M1 5H27"}));
@@ -268,6 +288,7 @@ function start() {
   byId("parts").append(...Array.from(document.querySelectorAll("main > section:not([hidden])"), section =>
     make("li", {}, make("a", {href: `#${section.id}`}, section.querySelector("h2").textContent))));
   listenForTips();
+  listenForTokens();
 }
 
 start();

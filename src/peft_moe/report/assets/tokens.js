@@ -1,6 +1,6 @@
 // The token view: the text of a sample, each token in the colour of the expert that weighs it most.
 
-const tokenView = {sample: 0, layer: 0, alone: null, decoded: new Map()};  // alone: the name of an expert, or null for all
+const tokenView = {sample: 0, layer: 0, alone: null, traced: null, decoded: new Map()};  // alone: an expert's name or null for all; traced: a token or null for the row
 
 // The weights of a sample in a layer as {rows: n or 1, width: E, at(token, expert) -> 0 ... 1}
 function weightsOf(sample, layer) {
@@ -27,7 +27,7 @@ function renderTokens() {
   const rows = samples.map((_, i) => i).filter(i => !ofOneTask() || samples[i].task === filters.task);
   const layers = shownLayers().map(layer => routing.layers.indexOf(layer));
   const nothing = !rows.length || !layers.length;
-  for (const id of ["token-controls", "token-legend", "token-text"]) byId(id).hidden = nothing;
+  for (const id of ["token-controls", "token-legend", "token-text", "token-depth-map"]) byId(id).hidden = nothing;
   if (nothing) {
     byId("token-note").textContent = rows.length ? "No layer fits the filters." : "No sample row fits the filters.";
     return;
@@ -40,7 +40,7 @@ function renderTokens() {
 }
 
 function tokenControls(rows, layers) {
-  const again = change => value => { tokenView[change] = Number(value); writeText(); paintTokens(); };
+  const toSample = value => { tokenView.sample = Number(value); writeText(); paintTokens(); };
   const name = i => `${i + 1}. ${samples[i].task === null ? "" : `${samples[i].task}: `}${samples[i].tokens.join("").trim()}`;
   const toLayer = value => {
     tokenView.layer = Number(value);
@@ -54,7 +54,7 @@ function tokenControls(rows, layers) {
   numbers.checked = byId("token-text").classList.contains("named");
   numbers.addEventListener("change", () => byId("token-text").classList.toggle("named", numbers.checked));
   byId("token-controls").replaceChildren(
-    chooser("token-sample", "Row", rows.map(i => [i, name(i)]), tokenView.sample, again("sample")),
+    chooser("token-sample", "Row", rows.map(i => [i, name(i)]), tokenView.sample, toSample),
     chooser("token-layer", "Layer", layers.map(l => [l, routing.layers[l].name]), tokenView.layer, toLayer),
     make("div", {class: `field${layers.length > 1 ? "" : " gone"}`}, make("label", {for: "token-depth"}, "Depth"), slider),
     make("div", {class: "field check"}, numbers, make("label", {for: "token-names"}, "Name the expert where it changes")));
@@ -71,6 +71,28 @@ function writeText() {
     task === null ? null : make("p", {class: "task"}, "Task ", make("bdi", {}, short(task, 200))),
     part("Prompt", 0, cut), part("Answer", cut, tokens.length)].filter(Boolean));
   for (const text of byId("token-text").querySelectorAll(".text")) said.set(text, item => tokenSays(Number(item.dataset.item)));
+  tokenView.traced = null;
+}
+
+// Where a token goes in the layers above and below, in the same module; the mean of the row before one is chosen.
+function traceToken() {
+  const {sample, layer, traced} = tokenView, {module} = routing.layers[layer], {tokens} = samples[sample];
+  const layers = shownLayers().filter(other => other.module === module), box = byId("token-depth-map");
+  box.hidden = layers.length < 2;
+  if (box.hidden) return;
+  const names = expertNames.filter(name => layers.some(other => other.experts.includes(name)));
+  const weight = (other, name) => {
+    const e = other.experts.indexOf(name), weights = weightsOf(sample, routing.layers.indexOf(other));
+    return e < 0 ? null : traced === null ? mean(tokens.map((_, token) => weights.at(token, e))) : weights.at(traced, e);
+  };
+  const table = new Map(layers.map(other => [other, names.map(name => weight(other, name))]));
+  const high = largest([...table.values()]) || 1, scale = make("div", {class: "scale"});
+  showScale(scale, 0, high, percent);
+  const things = names.map(name => ({text: expertName(name)}));  // long, so that depth goes across
+  box.replaceChildren(make("h3", {}, traced === null ? "The row through the depth" : `“${tokens[traced].trim().slice(0, 40)}” through the depth`),
+    make("p", {class: "help"}, `Weights${module ? ` in ${short(module)}` : ""}, from the first block to the last. ${traced === null ? "Mean of the row; press a token to see it alone." : ""}`),
+    scale, depthMap({label: "Weights through the depth", layers, things, high, value: (other, e) => table.get(other)[e],
+      say: (other, e) => ({head: `${other.name}, ${expertName(names[e])}`, rows: [["weight", percent(table.get(other)[e]), table.get(other)[e]]]})}));
 }
 
 function tokenSays(token) {
@@ -98,9 +120,19 @@ function paintTokens() {
   byId("token-note").textContent = weights.rows === 1 && tops.length > 1
     ? "In this layer all tokens of the row have the same weights: the router decides for the row, not for a token." : "";
   tokenLegend(experts, tops, weights);
+  traceToken();
+}
+
+function listenForTokens() {
+  byId("token-text").addEventListener("focusin", ({target}) => {
+    if (!target.classList.contains("token")) return;
+    tokenView.traced = Number(target.dataset.item);
+    traceToken();
+  });
 }
 
 function tokenLegend(experts, tops, weights) {
+  byId("token-legend").classList.toggle("many", experts.length > 16);
   byId("token-legend").replaceChildren(...experts.map((name, e) => {
     const pressed = tokenView.alone === name;
     const button = make("button", {type: "button", class: "key", "aria-pressed": String(pressed)}, make("i", {"aria-hidden": "true"}),
