@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import compose, fold
+from . import check, compose, fold, inspect
 
-COMMANDS = (fold, compose)
+COMMANDS = (fold, compose, inspect, check)
 
 
 def main(argv: list[str] | None = None) -> int:
