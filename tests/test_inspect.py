@@ -22,7 +22,6 @@ from peft_moe.report.adapter import describe
 from peft_moe.report.contents import Contents
 from peft_moe.report.layout import clean
 from peft_moe.report.tables import show_adapter
-from peft_moe.routing import GroupedRouter, TokenRouter
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -113,11 +112,11 @@ def test_token_gates_are_described_by_their_rows(kind, other, tmp_path):
     assert {router["name"] for router in found["routers"]} == set(gates)
     for router in found["routers"]:
         gate = gates[router["name"]]
-        norms = [math.sqrt(sum(float(value) ** 2 for value in row)) for row in gate.weight]
+        norms = [math.sqrt(sum(float(value) ** 2 for value in row)) for row in gate.weight.tolist()]
         assert router["norms"] == pytest.approx(norms)
         assert len(router["experts"]) == len(norms)
         assert router["bias"] == (None if gate.bias is None else pytest.approx(gate.bias.tolist()))
-        assert router["temperature"] == (None if gate.temperature is None else pytest.approx(float(gate.temperature)))
+        assert router["temperature"] == (None if gate.temperature is None else pytest.approx(gate.temperature.item()))
         assert router["temperature_learnt"] == (kind == "medmoelora")
 
 
@@ -134,23 +133,26 @@ def test_experts_that_stand_apart_have_names_of_their_own(tmp_path):
     assert at_moe["groups"] == {"f": ["a", "b"], "s": ["c"]}
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, {"within_group": "static"}, {"flat_routing": True}, {"learn_mix": True}], ids=str
-)
-def test_group_gates_are_described_by_their_rows(fields, tmp_path):
+GROUP_GATES = [{}, {"within_group": "static"}, {"flat_routing": True}, {"learn_mix": True}, {"router_input": "prompt"}]
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+@pytest.mark.parametrize("fields", GROUP_GATES, ids=str)
+def test_group_gates_are_described_by_their_rows(fields, arch, tmp_path):
     torch.manual_seed(0)
-    model = get_peft_model(make_model("llama"), grouped_config("llama", tmp_path, **fields))
+    model = get_peft_model(make_model(arch), grouped_config(arch, tmp_path, **fields))
     found = described(model, tmp_path)
-    there = dict(model.base_model.routers())
-    assert [router["name"] for router in found["routers"]] == list(there) == ["model.layers.0", "model.layers.1"]
+    there, modules = dict(model.base_model.routers()), dict(model.base_model.model.named_modules())
+    assert {router["name"] for router in found["routers"]} == set(there)
+    for layer in found["layers"]:  # those of a cross-attention that reads the encoder have routers of their own
+        assert there[layer["router"]] is modules[layer["name"]].router_of("default")
     for router in found["routers"]:
         gate = there[router["name"]].gate
-        rows = [] if gate.weight is None else [float(row.norm()) for row in gate.weight]
+        rows = [] if gate.weight is None else [row.norm().item() for row in gate.weight]
         assert (router["group_norms"] or []) + (router["expert_norms"] or []) == pytest.approx(rows)
         assert router["expert_scores"] == (pytest.approx(gate.expert_bias.tolist()) if gate.static else None)
         assert router["mix"] == pytest.approx(0.5)
         assert router["weights"] is None
-        assert len(router["layers"]) == len(TARGETS["llama"])
 
 
 def test_weights_that_are_fixed_and_where_experts_came_from_are_told(tmp_path):
@@ -186,7 +188,6 @@ def poison_router(tensors):
 
 # What is done to an adapter's folder, and what the error says.
 BREAKS = {
-    "a stock LoRA": (lambda f: set_field(f, peft_type="LORA"), "is a LORA adapter, which has no experts"),
     "no config": (lambda f: (f / "adapter_config.json").unlink(), "is no adapter: it has no adapter_config.json"),
     "no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json of .* is no JSON"),
     "no type": (lambda f: set_field(f, peft_type="X"), "adapter of type 'X', which peft does not know"),
@@ -254,7 +255,6 @@ def test_the_command_shows_it_and_gives_it_as_json(method, tmp_path, capsys):
     assert found["method"] in text
     assert f"{found['parameters']['total']:,}" in text
     assert "mlp: down_proj, gate_proj" in text
-    assert "0-1" in text
     assert main(["inspect", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == found
     assert main(["inspect", str(folder), "--each"]) == 0
@@ -313,12 +313,6 @@ def test_a_plain_lora_in_each_layer_has_no_router(tmp_path):
     assert "There is no router" in shown(found)
 
 
-def test_every_kind_of_router_is_met_here(tmp_path):
-    kinds = {described(adapted(kind, "llama", tmp_path), tmp_path)["routers"][0]["kind"] for kind in KINDS}
-    assert kinds == {"task", "token", "group"}
-    assert {TokenRouter, GroupedRouter}  # the classes that "token" and "group" stand for
-
-
 def test_an_adapter_on_the_hub_is_read_at_a_revision(run_with_hub):
     run_with_hub(
         "import contextlib, io, json\n"
@@ -331,7 +325,8 @@ def test_an_adapter_on_the_hub_is_read_at_a_revision(run_with_hub):
         "    return json.loads(out.getvalue())\n"
         "routed('llama').push_to_hub('local/adapter')\n"
         "first = HfApi().model_info('local/adapter').sha\n"
-        "routed('llama', tasks=['x']).push_to_hub('local/adapter')\n"
+        "routed('llama', tasks=['x']).save_pretrained('other')\n"
+        "HfApi().upload_folder(repo_id='local/adapter', folder_path='other')\n"
         "last = HfApi().model_info('local/adapter').sha\n"
         "assert inspect()['tasks'] == ['x']\n"
         "assert inspect()['provenance']['commit'] == last != first\n"

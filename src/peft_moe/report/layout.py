@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WIDE = 110  # columns where there is no terminal that says how many it has
+BETWEEN = 3  # columns of the terminal between two of a table
 LONGEST = 28  # characters of a name at the head of a column
 Row = tuple[Sequence[str], Sequence[str]]  # labels, and numbers
 
@@ -34,7 +35,7 @@ def clean(text: object) -> str:
 
 
 def new_table(texts: Sequence[str], numbers: Sequence[str] = ()) -> Table:
-    """A table of columns that are texts, which are folded, and of numbers, which are not."""
+    """A table of columns that are texts, and of numbers; all are folded where the terminal is narrow."""
     from rich import box
     from rich.table import Table
 
@@ -42,7 +43,7 @@ def new_table(texts: Sequence[str], numbers: Sequence[str] = ()) -> Table:
     for name in texts:
         table.add_column(name, overflow="fold")
     for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")
     return table
 
 
@@ -58,9 +59,9 @@ def show_numbers(
 ) -> None:
     """A table with a column for each name, in several parts if the console is not wide enough."""
     heads = [name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…" for name in map(clean, names)]
-    widths = [max(len(head), *(len(row[1][i]) for row in rows)) + 2 for i, head in enumerate(heads)]
-    beside = sum(max(len(label), *(len(clean(row[0][i])) for row in rows)) + 2 for i, label in enumerate(labels))
-    room = max(console.width - min(beside, console.width // 2), *widths)
+    widths = [max(len(head), *(len(row[1][i]) for row in rows)) + BETWEEN for i, head in enumerate(heads)]
+    beside = sum(max(len(label), *(len(clean(row[0][i])) for row in rows)) + BETWEEN for i, label in enumerate(labels))
+    room = max(console.width + BETWEEN - min(beside, console.width // 2), *widths)
     parts: list[list[int]] = [[]]
     for i, width in enumerate(widths):
         if sum(widths[j] for j in parts[-1]) + width > room:

@@ -76,7 +76,7 @@ def _task_router(config: MoeLoraConfig, experts: list[str], tensors: StateDict, 
     tasks = config.task_names
     if len(tasks) * len(experts) > MOST_WEIGHTS:
         raise ValueError(
-            f"The gate weighs {len(experts)} experts for {len(tasks)} tasks; a table has {MOST_WEIGHTS} weights at most."
+            f"The gate weighs {len(experts)} experts for {len(tasks)} tasks; a table has at most {MOST_WEIGHTS}."
         )
     router = module_from(partial(new_task_router, config, len(experts)), tensors, prefix)
     weights = router.of_tasks(torch.arange(len(tasks))).tolist()  # (T, E)
