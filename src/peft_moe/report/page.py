@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 SCRIPTS = ("colours.js", "elements.js", "maps.js", "tokens.js", "page.js")  # in the order they need each other
+FIELDS = ("task", "tokens", "prompt_tokens", "weights")  # of a sample
 DIGITS = 5  # significant; the page shows three or four
 
 
@@ -75,7 +76,7 @@ def as_script_json(value: Any) -> str:
 
 
 def _asset(name: str) -> str:
-    return files(__package__).joinpath("assets", name).read_text(encoding="utf-8").replace("\r\n", "\n")
+    return files(__package__).joinpath("assets").joinpath(name).read_text(encoding="utf-8").replace("\r\n", "\n")
 
 
 def _hash(text: str) -> str:
@@ -95,7 +96,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _sample(sample: Any, experts: Sequence[int], number: int) -> dict[str, Any]:
-    found = sample if isinstance(sample, Mapping) else vars(sample)
+    found = sample if isinstance(sample, Mapping) else {name: getattr(sample, name) for name in FIELDS}
     tokens, weights = list(found["tokens"]), list(found["weights"])
     if len(weights) != len(experts):
         raise ValueError(

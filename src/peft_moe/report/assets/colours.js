@@ -52,7 +52,7 @@ function setColours(dark, kinds) {
   }
   for (let n = 0; n < kinds; n++) {
     const [hue, lighter] = kind(n);
-    style.setProperty(`--e${n}`, bytes(oklch((dark ? 0.43 : 0.82) + lighter * (dark ? 0.6 : 1), 0.115, hue)).join(" "));
+    style.setProperty(`--e${n}`, bytes(oklch((dark ? 0.47 : 0.82) + lighter * (dark ? 0.5 : 1), 0.12, hue)).join(" "));
     style.setProperty(`--l${n}`, `rgb(${bytes(oklch((dark ? 0.76 : 0.5) + lighter, 0.15, hue)).join(" ")})`);
   }
 }
