@@ -18,7 +18,7 @@ from peft_moe.cli import main
 from peft_moe.data import read_examples, read_task_info
 from peft_moe.evaluation import evaluate_tasks, generate_answers, score
 from peft_moe.report.adapter import describe
-from peft_moe.report.uniform import ablate, even, uniform_gates
+from peft_moe.report.uniform import MEANING, ablate, even, uniform_gates
 from peft_moe.report.verify import diversity, parameters
 
 
@@ -368,6 +368,7 @@ def test_the_command_scores_both_ways(kind, world, capsys):
     assert main(["check", "uniform", adapter, *options]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "uniform gates" in text
+    assert MEANING[describe(adapter)["peft_type"]] in text
     assert "Nothing was trained with uniform gates" in text
 
 

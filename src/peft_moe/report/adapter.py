@@ -36,12 +36,12 @@ def describe(adapter: str | Path, **hub_kwargs: Any) -> dict[str, Any]:
         hub_kwargs: for a Hub id: `revision`, `token`, `subfolder`, `cache_dir`.
 
     Returns:
-        what JSON can hold: `method`, `paper`, `base_model`, `tasks`, `groups` (AT-MoE), `settings` of the method,
-        `fixed` (AT-MoE: weights that a user has fixed), `provenance`, `parameters` (`experts`, `routers`, `other`,
-        `trained`: those of them that training changes, and `total`), `layers`, `routers`. A layer has `name`, `stack`,
-        `block` and `module` (parts of the name; block None where it has no number), sizes, `experts` (names), their
-        `ranks` and `scaling`, `dtype`, `parameters`, and the name of its `router`, None for a plain LoRA. A router has
-        `kind`: `task`, `token` or `group`; see `describe_routers`.
+        what JSON can hold: `method`, `peft_type`, `paper`, `base_model`, `tasks`, `groups` (AT-MoE), `settings` of the
+        method, `fixed` (AT-MoE: weights that a user has fixed), `provenance`, `parameters` (`experts`, `routers`,
+        `other`, `trained`: those of them that training changes, and `total`), `layers`, `routers`. A layer has `name`,
+        `stack`, `block` and `module` (parts of the name; block None where it has no number), sizes, `experts` (names),
+        their `ranks` and `scaling`, `dtype`, `parameters`, and the name of its `router`, None for a plain LoRA. A
+        router has `kind`: `task`, `token` or `group`; see `describe_routers`.
 
     Raises:
         ValueError: no adapter, one of another package, broken files, or weights that the config does not fit.
@@ -70,6 +70,7 @@ def describe(adapter: str | Path, **hub_kwargs: Any) -> dict[str, Any]:
         "format": FORMAT,
         "adapter": str(adapter),
         "method": method.name,
+        "peft_type": str(getattr(config.peft_type, "value", config.peft_type)),
         "paper": next(iter(re.findall(r"arXiv [\d.]+", method.source)), None),
         "base_model": config.base_model_name_or_path,
         "base_revision": config.revision,

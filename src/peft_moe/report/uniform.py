@@ -12,13 +12,22 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ..config import MoeConfig
+from ..config import MoeConfig, PeftMoeType
 from ..grouped.config import GroupedMoeConfig
 from ..grouped.model import GroupedMoeModel
 from ..layer import MoeLinear
 from ..tuner import MoeTuner
 
 SELECTS = ("select", "inference_select")  # what of a router turns scores into weights
+# What uniform gates are, by type of the adapter.
+MEANING = {
+    PeftMoeType.MOELORA: "Uniform gates: each expert gets the same weight, for all tasks.",
+    PeftMoeType.MOLORA: "Uniform gates: each token gets all routed experts, as much of each, also where its router "
+    "chooses a few of them.",
+    PeftMoeType.MEDMOELORA: "Uniform gates: each token gets as much of each expert, a base expert included.",
+    PeftMoeType.GROUPEDMOE: "Uniform gates: groups get the same weight, and experts within a group; with flat_routing "
+    "all experts. The general expert keeps its share.",
+}
 Results = Mapping[str, Mapping[str, Any]]  # by task, as `evaluation.score` makes them
 
 
@@ -120,7 +129,8 @@ def ablate(
         "rows": len(own),
         "changed": sum(a != b for a, b in zip(own, others, strict=True)),
     }
-    return found | {"says": _of_ablation(found)}
+    config: Any = model.active_peft_config
+    return found | {"says": [MEANING[config.peft_type], *_of_ablation(found)]}
 
 
 def _of_ablation(found: Mapping[str, Any]) -> list[str]:
