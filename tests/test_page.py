@@ -697,6 +697,19 @@ def test_hostile_text_is_only_text(show, width):
     assert page.evaluate("document.body.innerText.includes('\\u202e')") is False
 
 
+def test_an_encoder_and_a_decoder_are_told_apart(show):
+    def rename(routing):
+        for layer, stack in zip(routing["layers"], ("encoder", "encoder", "decoder", "decoder"), strict=True):
+            layer.update(name=f"{stack}.block.{layer['block'] % 2}.mlp", block=layer["block"] % 2)
+
+    page, routing, _ = show(blocks=4, modules=["mlp"], change=rename)
+    assert page.locator("#layer-maps figcaption").all_text_contents() == ["encoder.block: mlp", "decoder.block: mlp"]
+    cell(page, "layer-maps", 1, 2, table=1).hover()
+    head, said = tip(page)
+    assert (head, said["load"]) == ("decoder.block.1.mlp, expert 2", percent(routing["layers"][3]["load"][2]))
+    assert page.locator("#depth-legend .key").count() == 2
+
+
 def test_a_large_report_holds_one_text_and_no_more_than_its_cells(show):
     modules = ["q", "k", "v", "o", "gate", "up", "down"]
     page, routing, samples = show(blocks=30, modules=modules, copies=False)

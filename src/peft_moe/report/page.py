@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-SCRIPTS = ("colours.js", "elements.js", "maps.js", "tokens.js", "page.js")  # in the order they need each other
+SCRIPTS = ("colours.js", "elements.js", "maps.js", "numbers.js", "tokens.js", "parts.js", "page.js")
 FIELDS = ("task", "tokens", "prompt_tokens", "weights")  # of a sample
 DIGITS = 5  # significant; the page shows three or four
 

@@ -59,7 +59,8 @@ function widen(box, cells, names) {
 }
 
 function facet(title, content) {
-  return make("figure", {class: "facet"}, title ? make("figcaption", {title: visible(title).slice(0, 300)}, short(title)) : null, content);
+  const caption = title ? make("figcaption", {title: visible(title).slice(0, 300)}, short(title)) : null;
+  return make("figure", {class: "facet"}, caption, content);
 }
 
 const CHART = {width: 360, height: 200, left: 44, right: 10, top: 10, bottom: 32};
@@ -76,7 +77,7 @@ function lineChart({title, xs, xName, series, format, axis = format, high}) {
       draw("text", {x: left - 6, y: y(part * high) + 4, "text-anchor": "end"}, axis(part * high)));
   }
   svg.append(draw("text", {x: left, y: height - 8}, short(xs[0], 16)),
-    draw("text", {x: (left + width - right) / 2, y: height - 8, "text-anchor": "middle", class: "name"}, xs.length > 1 ? xName : ""));
+    draw("text", {x: (left + width - right) / 2, y: height - 8, "text-anchor": "middle"}, xs.length > 1 ? xName : ""));
   if (xs.length > 1) svg.append(draw("text", {x: width - right, y: height - 8, "text-anchor": "end"}, short(xs[xs.length - 1], 16)));
   for (const {line, points} of series) svg.append(lineOf(points, line, x, y, xs.length <= 40));
   svg.append(...hitAreas(xs, x, say));
@@ -85,7 +86,8 @@ function lineChart({title, xs, xName, series, format, axis = format, high}) {
 
   function say(i) {
     const known = series.filter(({points}) => isNumber(points[i]));
-    return {head: `${xName} ${xs[i]}`, rows: known.length ? known.map(({name, points}) => [name || title, format(points[i])]) : [[title, "–"]]};
+    const rows = known.map(({name, points}) => [name || title, format(points[i])]);
+    return {head: `${xName} ${xs[i]}`, rows: rows.length ? rows : [[title, "–"]]};
   }
 }
 

@@ -1,6 +1,7 @@
 // The token view: the text of a sample, each token in the colour of the expert that weighs it most.
 
-const tokenView = {sample: 0, layer: 0, alone: null, traced: null, decoded: new Map()};  // alone: an expert's name or null for all; traced: a token or null for the row
+// alone: the name of an expert, or null for all · traced: a token, or null for the row
+const tokenView = {sample: 0, layer: 0, alone: null, traced: null, decoded: new Map()};
 
 // The weights of a sample in a layer as {rows: n or 1, width: E, at(token, expert) -> 0 ... 1}
 function weightsOf(sample, layer) {
@@ -48,7 +49,8 @@ function tokenControls(rows, layers) {
     byId("token-layer").value = value;
     paintTokens();
   };
-  const slider = make("input", {type: "range", id: "token-depth", min: 0, max: layers.length - 1, value: layers.indexOf(tokenView.layer)});
+  const slider = make("input", {type: "range", id: "token-depth", min: 0, max: layers.length - 1,
+    value: layers.indexOf(tokenView.layer)});
   slider.addEventListener("input", () => toLayer(layers[slider.value]));
   const numbers = make("input", {type: "checkbox", id: "token-names"});
   numbers.checked = byId("token-text").classList.contains("named");
@@ -80,7 +82,7 @@ function traceToken() {
   const layers = shownLayers().filter(other => other.module === module), box = byId("token-depth-map");
   box.hidden = layers.length < 2;
   if (box.hidden) return;
-  const names = expertNames.filter(name => layers.some(other => other.experts.includes(name)));
+  const names = namesIn(layers);
   const weight = (other, name) => {
     const e = other.experts.indexOf(name), weights = weightsOf(sample, routing.layers.indexOf(other));
     return e < 0 ? null : traced === null ? mean(tokens.map((_, token) => weights.at(token, e))) : weights.at(traced, e);
@@ -89,10 +91,12 @@ function traceToken() {
   const high = largest([...table.values()]) || 1, scale = make("div", {class: "scale"});
   showScale(scale, 0, high, percent);
   const things = names.map(name => ({text: expertName(name)}));  // long, so that depth goes across
-  box.replaceChildren(make("h3", {}, traced === null ? "The row through the depth" : `“${tokens[traced].trim().slice(0, 40)}” through the depth`),
-    make("p", {class: "help"}, `Weights${module ? ` in ${short(module)}` : ""}, from the first block to the last. ${traced === null ? "Mean of the row; press a token to see it alone." : ""}`),
-    scale, depthMap({label: "Weights through the depth", layers, things, high, value: (other, e) => table.get(other)[e],
-      say: (other, e) => ({head: `${other.name}, ${expertName(names[e])}`, rows: [["weight", percent(table.get(other)[e]), table.get(other)[e]]]})}));
+  const title = traced === null ? "The row" : `“${short(tokens[traced].trim(), 40)}”`;
+  const where = `Weights${module ? ` in ${short(module)}` : ""}, from the first block to the last. `;
+  const hint = traced === null ? "Mean of the row; press a token to see it alone." : "";
+  box.replaceChildren(make("h3", {}, `${title} through the depth`), make("p", {class: "help"}, where + hint), scale, depthMap({
+    label: "Weights through the depth", layers, things, high, value: (other, e) => table.get(other)[e],
+    say: (other, e) => ofCell(`${other.name}, ${expertName(names[e])}`, "weight", table.get(other)[e])}));
 }
 
 function tokenSays(token) {
@@ -113,9 +117,10 @@ function paintTokens() {
     item.dataset.expert = visible(experts[top]).slice(0, 300);
     item.classList.toggle("change", top !== before);
     before = top;
-    const weight = weights.at(token, shown);
-    item.style.backgroundColor = `rgb(var(--e${expertKind(experts[shown])}) / ${(alone < 0 ? 0.15 + 0.85 * weight : weight).toFixed(3)})`;
-    item.setAttribute("aria-label", visible(`${samples[sample].tokens[token].trim() || "white space"}, ${expertName(experts[top])} ${percent(weights.at(token, top))}`));
+    const weight = weights.at(token, shown), strength = alone < 0 ? 0.15 + 0.85 * weight : weight;
+    item.style.backgroundColor = `rgb(var(--e${expertKind(experts[shown])}) / ${strength.toFixed(3)})`;
+    const text = samples[sample].tokens[token].trim() || "white space";
+    item.setAttribute("aria-label", visible(`${text}, ${expertName(experts[top])} ${percent(weights.at(token, top))}`));
   }
   byId("token-note").textContent = weights.rows === 1 && tops.length > 1
     ? "In this layer all tokens of the row have the same weights: the router decides for the row, not for a token." : "";
@@ -135,8 +140,9 @@ function tokenLegend(experts, tops, weights) {
   byId("token-legend").classList.toggle("many", experts.length > 16);
   byId("token-legend").replaceChildren(...experts.map((name, e) => {
     const pressed = tokenView.alone === name;
-    const button = make("button", {type: "button", class: "key", "aria-pressed": String(pressed)}, make("i", {"aria-hidden": "true"}),
-      short(expertName(name), 40), make("small", {}, percent(mean(tops.map((_, token) => weights.at(token, e))))));
+    const share = mean(tops.map((_, token) => weights.at(token, e)));
+    const button = make("button", {type: "button", class: "key", "aria-pressed": String(pressed)},
+      make("i", {"aria-hidden": "true"}), short(expertName(name), 40), make("small", {}, percent(share)));
     button.style.setProperty("--key", `rgb(var(--e${expertKind(name)}))`);
     button.addEventListener("click", () => {
       tokenView.alone = pressed ? null : name;
