@@ -38,27 +38,11 @@ def adapter(config: Any) -> Any:
     return get_peft_model(base(), config)
 
 
-def loras(*folders: str) -> None:
-    from peft import LoraConfig
-
-    for folder in folders:
-        adapter(LoraConfig(task_type="CAUSAL_LM", r=2)).save_pretrained(folder)
-
-
 def trainer(model: Any) -> Any:
     from transformers import Trainer, TrainingArguments
 
     arguments = TrainingArguments("out", max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
     return Trainer(model, arguments, train_dataset=rows())
-
-
-def at_moe() -> dict[str, Any]:
-    from peft import LoraConfig, PeftModel
-
-    loras("me/triage-lora", "me/styles/concise", "loras/rigorous", "loras/general")
-    loaded = PeftModel.from_pretrained(base(), "me/triage-lora", adapter_name="triage")
-    loaded.load_adapter("me/styles/concise", "concise")
-    return {"base_model": base(), "peft_model": loaded, "inputs": batch()}
 
 
 def balance() -> dict[str, Any]:
@@ -92,5 +76,5 @@ def several_adapters() -> dict[str, Any]:
 
 
 SETUPS = {
-    f"docs/{setup.__name__}.md": setup for setup in (at_moe, balance, folding, saving, several_adapters)
+    f"docs/{setup.__name__}.md": setup for setup in (balance, folding, saving, several_adapters)
 }
