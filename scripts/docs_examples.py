@@ -1,4 +1,4 @@
-"""How docstrings become the site's reference; mkdocs.yml names this file as an extension of griffe, which reads them."""
+"""How docstrings become the reference: mkdocs.yml names this file as an extension of griffe, which reads them."""
 
 import re
 from typing import Any

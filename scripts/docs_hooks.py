@@ -1,9 +1,9 @@
 """What the site needs beyond mkdocs' settings; mkdocs.yml names this file as its hook.
 
-Pages are written to be read in the repository too, where a link may leave docs/ for a script or the README. On the site it
-becomes a link into the repository's URL, or the text alone as long as mkdocs.yml has no `repo_url`. The changelog and the
-page for contributors are files beside src/, and become pages here. A page that would load anything from another host ends
-the build.
+Pages are written to be read in the repository too, where a link may leave docs/ for a script or the README. On the
+site it becomes a link into the URL of the repository, or the text alone while mkdocs.yml has no `repo_url`. The changelog
+and the page for contributors are files beside src/, and become pages here. A page that would load anything from another
+host ends the build.
 """
 
 import os
@@ -18,7 +18,9 @@ LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]+)\]\((?P<target>[^)\s]+)\)")
 CODE = re.compile(r"^ *```.*?^ *```|(?P<ticks>`+)[^`].*?(?P=ticks)", flags=re.MULTILINE | re.DOTALL)
 OUTSIDE = re.compile(r"^[a-z]+:|^//|^#")  # of the repository, or a section of the same page
 # what a browser would fetch by itself
-LOADED = re.compile(r"<(?:script|img|iframe|source|link\b(?![^>]*rel=\W?(?:canonical|prev|next))) [^>]*(?:https?:)?//[^>]*>")
+LOADED = re.compile(
+    r"<(?:script|img|iframe|source|link\b(?![^>]*rel=\W?(?:canonical|prev|next))) [^>]*(?:https?:)?//[^>]*>"
+)
 # nbconvert's loaders of MathJax and Mermaid, from their hosts; notebooks here have neither
 LOADERS = re.compile(
     r"<!-- Load mathjax -->.*?<!-- End of mathjax configuration -->|"

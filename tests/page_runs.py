@@ -145,10 +145,9 @@ def check_pip(words: list[str]) -> None:
     """`pip install`: extras of this project; other packages are not looked up."""
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
-    for word in words:
-        if own := re.fullmatch(r"(?:\.|peft_moe)\[(.*)\]", word):
-            if unknown := set(own[1].split(",")) - set(setup["options.extras_require"]):
-                raise ValueError(f"setup.cfg has no extra {unknown}.")
+    for own in filter(None, (re.fullmatch(r"(?:\.|peft_moe)\[(.*)\]", word) for word in words)):
+        if unknown := set(own[1].split(",")) - set(setup["options.extras_require"]):
+            raise ValueError(f"setup.cfg has no extra {unknown}.")
 
 
 CHECKS = {

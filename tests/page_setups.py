@@ -1,7 +1,7 @@
 """What pages take for given: the names that a page's Python uses and does not make. Run in the page's own process.
 
-All stand on `models/SmolLM2-135M-Instruct` in the working directory, which is a small model of that architecture with its
-tokenizer.
+All stand on `models/SmolLM2-135M-Instruct` in the working directory, which is a small model of that architecture with
+its tokenizer.
 """
 
 from typing import Any
@@ -75,6 +75,4 @@ def several_adapters() -> dict[str, Any]:
     return {"base_model": base(), "batch": batch()}
 
 
-SETUPS = {
-    f"docs/{setup.__name__}.md": setup for setup in (balance, folding, saving, several_adapters)
-}
+SETUPS = {f"docs/{setup.__name__}.md": setup for setup in (balance, folding, saving, several_adapters)}

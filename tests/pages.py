@@ -1,7 +1,7 @@
 """The blocks of code in README.md, CONTRIBUTING.md and docs/, and the marks that say why one is not run.
 
-A mark is an HTML comment on the line before the block, `<!-- not run: needs a GPU server -->`: a reader of the page does
-not see it, a reader of the source does.
+A mark is an HTML comment on the line before the block, `<!-- not run: needs a GPU server -->`: a reader of the page
+does not see it, a reader of the source does.
 """
 
 import re
