@@ -1,9 +1,9 @@
 """What the site needs beyond mkdocs' settings; mkdocs.yml names this file as its hook.
 
 Pages are written to be read in the repository too, where a link may leave docs/ for a script or the README. On the
-site it becomes a link into the URL of the repository, or the text alone while mkdocs.yml has no `repo_url`. The changelog
-and the page for contributors are files beside src/, and become pages here. A page that would load anything from another
-host ends the build.
+site it becomes a link into the URL of the repository, or the text alone while mkdocs.yml has no `repo_url`. The
+changelog and the page for contributors are files beside src/, and become pages here. A page that would load anything
+from another host ends the build.
 """
 
 import os
