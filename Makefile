@@ -28,7 +28,7 @@ bench: $(VENV)/.test-stamp  ## time and memory beside stock LoRA, for hours; BEN
 	@$(BIN)/python scripts/bench/pictures.py $(BENCH_OUT)
 
 docs: $(VENV)/.docs-stamp  ## the site, into site/; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(DOCS_ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(DOCS_ARGS)
 
 quality: $(VENV)/.quality-stamp  ## lint, format and types, as CI checks them
 	$(BIN)/ruff check .
