@@ -1,0 +1,200 @@
+"""Where an adapter routes: the places that a report is about, their experts, and what their routers gave.
+
+Shapes: n rows · s tokens · E experts · G groups
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..bank import ExpertBank
+from ..grouped import GroupedMoeConfig
+from ..layer import IN_BASE_EXPERTS, MoeLinear
+from ..routing import Decision, GroupedRouter, Router, TaskRouter, TokenRouter
+from ..schedule import layer_of
+from ..tuner import MoeTuner
+from .similarity import similarity
+
+GENERAL = "general"  # the name of AT-MoE's general expert
+BASE = "base "  # what names of base experts begin with
+
+# Gets a router, its weights (k, m, E), k rows or 1 for all, m tokens or 1 for all; and those of groups (k, m, G).
+Sink = Callable[[Router, torch.Tensor, "torch.Tensor | None"], None]
+
+
+@dataclass
+class Place:
+    """A layer, or a block whose layers share a router.
+
+    Args:
+        name: in the model.
+        router: its router.
+        experts: names of the experts, in the order of the router's weights.
+        group_of: by expert, the index of its group, or -1; None where there are no groups.
+        banks: of the layers.
+    """
+
+    name: str
+    router: Router
+    experts: list[str]
+    group_of: list[int] | None
+    banks: list[ExpertBank] = field(default_factory=list)
+
+    def describe(self) -> dict[str, Any]:
+        """What a report says of it that does not depend on data."""
+        of = layer_of(self.name)
+        rest = self.name[len(f"{of[0]}.{of[1]}") :] if of and of[0] else self.name[len(str(of[1])) :] if of else self.name
+        return {
+            "name": self.name,
+            "block": of[1] if of else None,
+            "module": rest.removeprefix("."),
+            "experts": self.experts,
+            "ranks": self._over_experts([max(ranks) for ranks in zip(*(bank.ranks for bank in self.banks), strict=True)]),
+            "group_of": self.group_of,
+        }
+
+    def similarity(self) -> list[list[float]] | None:
+        """Cosines between the experts' updates, (E, E); None for weights that are offloaded."""
+        if any(bank.lora_A.weight.is_meta or bank.lora_B.weight.is_meta for bank in self.banks):
+            return None
+        of_bank, first = similarity(self.banks), self._first
+        e, kept = len(self.experts), of_bank[self._shared :, self._shared :]
+        full = of_bank.new_zeros(e, e)
+        full[first:, first:] = kept
+        return full.tolist()
+
+    def _over_experts(self, values: list[int]) -> list[int]:
+        """A value for each expert in a bank, as one for each that the router weighs."""
+        return [0] * self._first + values[self._shared :]
+
+    @property
+    def _shared(self) -> int:
+        """How many of a bank's first experts every token gets whole."""
+        return self.router.num_shared if isinstance(self.router, TokenRouter) else 0
+
+    @property
+    def _first(self) -> int:
+        """How many of the experts have no matrices, and come first."""
+        return self.router.num_base if isinstance(self.router, TokenRouter) and self.router.base_is_empty else 0
+
+
+def places_of(tuner: MoeTuner, adapter: str) -> tuple[list[Place], list[str]]:
+    """An adapter's routed places in the order of the model; and names of those that cannot be looked at.
+
+    The latter are in the base model's own experts, which see tokens picked from all rows.
+    """
+    config = tuner.peft_config[adapter]
+    places: dict[Any, Place] = {}
+    skipped = []
+    for key, layer in tuner.model.named_modules():
+        router = layer.router_of(adapter) if isinstance(layer, MoeLinear) and adapter in layer.moelora_bank else None
+        if router is None:
+            continue
+        if IN_BASE_EXPERTS.search(key):
+            skipped.append(key)
+            continue
+        of_block = isinstance(router, GroupedRouter) and not router.owned
+        at = router if of_block else key
+        if at not in places:
+            name = router.name.removeprefix(f"{adapter}/") if of_block else key  # type: ignore[union-attr]
+            places[at] = Place(name, router, *_experts(config, router, layer.bank(adapter)))  # type: ignore[operator]
+        places[at].banks.append(layer.bank(adapter))  # type: ignore[operator]
+    return list(places.values()), skipped
+
+
+def _experts(config: Any, router: Router, bank: ExpertBank) -> tuple[list[str], list[int] | None]:
+    if isinstance(router, GroupedRouter) and isinstance(config, GroupedMoeConfig):
+        names = [f"{group}/{name}" for group, experts in config.names.items() for name in experts]
+        group_of = [i for i, experts in enumerate(config.names.values()) for _ in experts]
+        general = int(router.has_general)
+        return names + [GENERAL] * general, group_of + [-1] * general
+    if isinstance(router, TokenRouter):
+        special = router.gate.num_experts - router.num_base
+        return [*(f"{BASE}{i}" for i in range(router.num_base)), *map(str, range(special))], None
+    return list(map(str, range(len(bank.ranks)))), None
+
+
+class Watch:
+    """Looks at what routers give, by hooks, which the fast ways of a layer's forward make way for.
+
+    Args:
+        routers: which.
+        sink: what gets it.
+    """
+
+    def __init__(self, routers: list[Router], sink: Sink) -> None:
+        self.routers, self.sink = list(dict.fromkeys(routers)), sink
+        self.done: set[Router] = set()  # of this batch: a task gate gives the same to all the layers that share it
+        self.shape = (0, 0)
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Look, for the span of a `with` block."""
+        hooks: list[Any] = []
+        kept = {router: router.statistics for router in self.routers if isinstance(router, TokenRouter)}
+        try:
+            for router in self.routers:
+                if isinstance(router, GroupedRouter):
+                    router.seen = []
+                else:
+                    hooks.append(router.register_forward_hook(self._hook))
+                if isinstance(router, TokenRouter):
+                    router.statistics = None  # of training and its evaluations, which this is no part of
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for router in self.routers:
+                if isinstance(router, GroupedRouter):
+                    router.seen = None
+                elif isinstance(router, TokenRouter):
+                    router.statistics = kept[router]
+
+    @contextmanager
+    def batch(self, rows: int, tokens: int) -> Iterator[None]:
+        """A call of the model with an input (rows, tokens)."""
+        self.shape, self.done = (rows, tokens), set()
+        yield
+        for router in self.routers:
+            if isinstance(router, GroupedRouter):
+                for decision in router.seen or ():
+                    self._give(router, router._combine(decision), self._of_groups(decision))
+                router.seen = []
+
+    @staticmethod
+    def _of_groups(decision: Decision) -> torch.Tensor:
+        return decision.groups
+
+    def _hook(self, router: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        if isinstance(router, TaskRouter):
+            if router not in self.done:
+                self.done.add(router)
+                self._give(router, output, None)
+        elif isinstance(router, TokenRouter):
+            if router.base_is_empty and router.num_base:  # whose weights are not in the output
+                output = router.inference_select(router.gate(args[0]))
+            else:
+                output = output[..., router.num_shared :]
+            self._give(router, output, None)
+
+    def _give(self, router: Router, weights: torch.Tensor, groups: torch.Tensor | None) -> None:
+        self.sink(router, self._as_rows(weights), None if groups is None else self._as_rows(groups))
+
+    def _as_rows(self, weights: torch.Tensor) -> torch.Tensor:
+        """(..., E) as (n or 1, s or 1, E)."""
+        n, s = self.shape
+        flat = weights.float().reshape(-1, weights.shape[-1])
+        if len(flat) == n * s:
+            return flat.view(n, s, -1)
+        if len(flat) in (1, n):
+            return flat.unsqueeze(1)
+        raise ValueError(
+            f"A router gave weights of shape {tuple(weights.shape)} in a call of {n} rows of {s} tokens, so that it "
+            "cannot be told which token is which; leave the layer out with exclude_modules."
+        )
