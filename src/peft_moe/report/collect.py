@@ -112,7 +112,8 @@ def collect(
             rows = order[start : start + batch_size]
             batch = _padded([encoded[row] for row in rows], tokenizer, model.device)
             mask = batch["attention_mask"].bool()
-            sums.begin(rows, [keys[row] for row in rows], mask, keep=sample_tokens)
+            lengths = [len(encoded[row]["input_ids"]) for row in rows]
+            sums.begin(rows, [keys[row] for row in rows], mask, lengths, keep=sample_tokens)
             labels = batch.pop("labels")
             if told is not None:
                 batch["task_ids"] = [examples[row]["task"] for row in rows]
@@ -222,13 +223,13 @@ class _Sums:
         self.numbers: dict[Router, torch.Tensor] = {}
         self.kept: dict[Router, dict[int, torch.Tensor]] = {router: {} for router in routers}
 
-    def begin(self, rows: list[int], keys: list[str | None], mask: torch.Tensor, *, keep: int) -> None:
-        """What the next weights are of: rows with their tasks and mask (n, s); the last `keep` tokens are kept."""
+    def begin(
+        self, rows: list[int], keys: list[str | None], mask: torch.Tensor, lengths: list[int], *, keep: int
+    ) -> None:
+        """What the next weights are of: rows, their tasks, mask (n, s) and lengths; the last `keep` tokens are kept."""
         index = [self.tasks.index(key) if key is not None else len(self.tasks) for key in keys]
-        self.rows, self.keep, self.mask = rows, keep, mask
+        self.rows, self.keep, self.mask, self.lengths = rows, keep, mask, lengths
         self.index = torch.tensor(index, device=mask.device)
-        lengths = mask.sum(1).tolist() if self.chosen.intersection(rows) else [0] * len(rows)
-        self.lengths: list[int] = lengths
 
     def add(self, router: Router, weights: torch.Tensor, groups: torch.Tensor | None) -> None:
         """Add what a router gave: weights (n or 1, s or 1, E), and those of groups (n or 1, s or 1, G)."""

@@ -16,7 +16,7 @@ from torch import nn
 from ..bank import ExpertBank
 from ..grouped import GroupedMoeConfig
 from ..layer import IN_BASE_EXPERTS, MoeLinear
-from ..routing import Decision, GroupedRouter, Router, TaskRouter, TokenRouter
+from ..routing import GroupedRouter, Router, TaskRouter, TokenRouter
 from ..schedule import layer_of
 from ..tuner import MoeTuner
 from .similarity import similarity
@@ -49,13 +49,14 @@ class Place:
     def describe(self) -> dict[str, Any]:
         """What a report says of it that does not depend on data."""
         of = layer_of(self.name)
-        rest = self.name[len(f"{of[0]}.{of[1]}") :] if of and of[0] else self.name[len(str(of[1])) :] if of else self.name
+        block = ".".join(filter(None, (of[0], str(of[1])))) if of else ""
+        ranks = [max(of_expert) for of_expert in zip(*(bank.ranks for bank in self.banks), strict=True)]
         return {
             "name": self.name,
             "block": of[1] if of else None,
-            "module": rest.removeprefix("."),
+            "module": self.name.removeprefix(block).removeprefix("."),
             "experts": self.experts,
-            "ranks": self._over_experts([max(ranks) for ranks in zip(*(bank.ranks for bank in self.banks), strict=True)]),
+            "ranks": [0] * self._empty + ranks[self._shared :],
             "group_of": self.group_of,
         }
 
@@ -63,15 +64,10 @@ class Place:
         """Cosines between the experts' updates, (E, E); None for weights that are offloaded."""
         if any(bank.lora_A.weight.is_meta or bank.lora_B.weight.is_meta for bank in self.banks):
             return None
-        of_bank, first = similarity(self.banks), self._first
-        e, kept = len(self.experts), of_bank[self._shared :, self._shared :]
-        full = of_bank.new_zeros(e, e)
-        full[first:, first:] = kept
-        return full.tolist()
-
-    def _over_experts(self, values: list[int]) -> list[int]:
-        """A value for each expert in a bank, as one for each that the router weighs."""
-        return [0] * self._first + values[self._shared :]
+        of_bank, e, empty = similarity(self.banks), len(self.experts), self._empty
+        found = of_bank.new_zeros(e, e)
+        found[empty:, empty:] = of_bank[self._shared :, self._shared :]
+        return found.tolist()
 
     @property
     def _shared(self) -> int:
@@ -79,7 +75,7 @@ class Place:
         return self.router.num_shared if isinstance(self.router, TokenRouter) else 0
 
     @property
-    def _first(self) -> int:
+    def _empty(self) -> int:
         """How many of the experts have no matrices, and come first."""
         return self.router.num_base if isinstance(self.router, TokenRouter) and self.router.base_is_empty else 0
 
@@ -164,12 +160,8 @@ class Watch:
         for router in self.routers:
             if isinstance(router, GroupedRouter):
                 for decision in router.seen or ():
-                    self._give(router, router._combine(decision), self._of_groups(decision))
+                    self._give(router, router._combine(decision), decision.groups)
                 router.seen = []
-
-    @staticmethod
-    def _of_groups(decision: Decision) -> torch.Tensor:
-        return decision.groups
 
     def _hook(self, router: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         if isinstance(router, TaskRouter):
