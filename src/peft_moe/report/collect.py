@@ -263,7 +263,7 @@ class _Sums:
         values = self.numbers[place.router]
         if not torch.isfinite(values).all():
             raise ValueError(
-                f"The router of {place.name!r} gives weights that are NaN or infinite, as after training that diverged; "
+                f"The router of {place.name!r} gives weights that are NaN or infinite, as after diverged training; "
                 "load an earlier checkpoint."
             )
         e, total = len(place.experts), values.sum(0)

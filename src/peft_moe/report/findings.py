@@ -177,7 +177,9 @@ def _tasks(layers: Sequence[Layer], tasks: Sequence[str]) -> Finding | None:
     mean, (top, most) = sum(values.values()) / len(values), max(values.items(), key=lambda item: item[1])
     pairs = {
         pair: sum(_of_pair(layer, pair) for layer in several) / len(several)
-        for pair in itertools.combinations([task for task in tasks if all(task in l["tasks"] for l in several)], 2)
+        for pair in itertools.combinations(
+            [task for task in tasks if all(task in layer["tasks"] for layer in several)], 2
+        )
     }
     numbers: dict[str, Any] = {"mean_divergence": mean, "max_divergence": most, "alike": ALIKE, "apart": APART}
     text = (
@@ -225,7 +227,9 @@ def _copies(layers: Sequence[Layer]) -> Finding | None:
         )
         level = "bad" if 10 * count > len(pairs) else "note"
         return _finding(level, "Experts are copies", text, _named(layers, copies), numbers | {"names": copies})
-    text = f"The cosine of two experts' updates is {mean:.2f} on average over {len(pairs)} pairs, and at most {most:.2f}."
+    text = (
+        f"The cosine of two experts' updates is {mean:.2f} on average over {len(pairs)} pairs, and at most {most:.2f}."
+    )
     return _finding("good", "Experts differ", text, (), numbers)
 
 
@@ -237,8 +241,6 @@ def _named(layers: Sequence[Layer], names: Mapping[str, Any]) -> list[Layer]:
     return [layer for layer in layers if layer["name"] in names]
 
 
-def _finding(
-    level: str, title: str, text: str, where: Sequence[Layer | str], numbers: Mapping[str, Any]
-) -> Finding:
+def _finding(level: str, title: str, text: str, where: Sequence[Layer | str], numbers: Mapping[str, Any]) -> Finding:
     names = [layer if isinstance(layer, str) else layer["name"] for layer in where]
     return {"level": level, "title": title, "text": text, "where": names, "numbers": dict(numbers)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -29,11 +28,20 @@ def pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, *, start: int
         text = _text(ids[:end], tokenizer)
         whole = text if end == len(ids) else text.rstrip(UNFINISHED)
         # some decoders write what came before differently, once more has come
-        common = len(os.path.commonprefix([shown, whole]))
+        common = _common(shown, whole)
         found.append(whole[common:])
         if len(whole) > len(shown) or common < len(shown):
             shown = whole
     return found
+
+
+def _common(first: str, second: str) -> int:
+    """How many characters both begin with."""
+    if second.startswith(first):
+        return len(first)
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
 
 
 def _text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -86,21 +86,22 @@ def places_of(tuner: MoeTuner, adapter: str) -> tuple[list[Place], list[str]]:
     The latter are in the base model's own experts, which see tokens picked from all rows.
     """
     config = tuner.peft_config[adapter]
-    places: dict[Any, Place] = {}
-    skipped = []
+    places: dict[str, Place] = {}
+    skipped: list[str] = []
     for key, layer in tuner.model.named_modules():
-        router = layer.router_of(adapter) if isinstance(layer, MoeLinear) and adapter in layer.moelora_bank else None
+        if not isinstance(layer, MoeLinear) or adapter not in layer.moelora_bank:
+            continue
+        router, bank = layer.router_of(adapter), layer.bank(adapter)
         if router is None:
             continue
         if IN_BASE_EXPERTS.search(key):
             skipped.append(key)
             continue
-        of_block = isinstance(router, GroupedRouter) and not router.owned
-        at = router if of_block else key
-        if at not in places:
-            name = router.name.removeprefix(f"{adapter}/") if of_block else key  # type: ignore[union-attr]
-            places[at] = Place(name, router, *_experts(config, router, layer.bank(adapter)))  # type: ignore[operator]
-        places[at].banks.append(layer.bank(adapter))  # type: ignore[operator]
+        name = key
+        if isinstance(router, GroupedRouter) and not router.owned:
+            name = router.name.removeprefix(f"{adapter}/")
+        place = places.setdefault(name, Place(name, router, *_experts(config, router, bank)))
+        place.banks.append(bank)
     return list(places.values()), skipped
 
 

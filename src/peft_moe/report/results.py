@@ -120,7 +120,8 @@ class Routing:
             _check(f"findings[{i}]", finding, dict)
             for name, kind in {"level": str, "title": str, "text": str, "where": list, "numbers": dict}.items():
                 _check(f"findings[{i}].{name}", finding.get(name), kind)
-        return cls(**{item.name: data.get(item.name) for item in fields(cls)})
+        values: dict[str, Any] = {item.name: data.get(item.name) for item in fields(cls)}
+        return cls(**values)
 
 
 @dataclass(frozen=True)
