@@ -212,6 +212,14 @@ def test_groups_of_at_moe_have_names_and_loads(tmp_path):
         close([general], [0.5])
 
 
+def test_new_routers_of_at_moe_are_found_to_decide_nothing(tmp_path):
+    for flat in (False, True):  # as they start, all scores are zero
+        model = adapted("at_moe", tmp_path, flat_routing=flat, init_lora_weights=True)
+        routing, _ = collect(model, make_tokenizer(), rows_of(), progress=False)
+        found = {finding["title"]: finding["level"] for finding in routing.findings}
+        assert found["Routing is uniform"] == found["Tasks share everything"] == "bad"
+
+
 @pytest.mark.parametrize("mode", ["empty", "general"])
 def test_base_experts_have_names_and_a_share(mode, tmp_path):
     fields = {"target_modules": ["q_proj"], "num_experts": 2, "num_base_experts": 2, "expert_ranks": 3}

@@ -135,12 +135,26 @@ def test_of_experts_that_only_some_tokens_get_it_is_not_said_that_the_router_dec
     assert not any("uniform" in title or "decide" in title for title in titles(routing_of(layer)))
 
 
-def test_even_weights_of_groups_with_a_general_expert():
-    layer = layer_of({"icd": [0.125, 0.125, 0.25, 0.5]}, names=["f/a", "f/b", "s/c", "general"], group_of=[0, 0, 1, -1])
-    even_experts = [0.5 / 3, 0.5 / 3, 0.5 / 3, 0.5]
-    assert undecided_entropy(layer) == pytest.approx(-sum(w * math.log(w) for w in even_experts))
-    layer = layer_of({"icd": [0.25] * 4}, group_of=[0, 0, 1, 1])
-    assert undecided_entropy(layer) == pytest.approx(math.log(4))
+@pytest.mark.parametrize(
+    "load",
+    [
+        [0.125, 0.125, 0.25, 0.5],  # even groups, and even experts in each
+        [0.5 / 3, 0.5 / 3, 0.5 / 3, 0.5],  # even experts, whatever their groups
+    ],
+)
+def test_even_weights_of_groups_with_a_general_expert(load):
+    even = -sum(w * math.log(w) for w in load)
+    names, group_of = ["f/a", "f/b", "s/c", "general"], [0, 0, 1, -1]
+    layer = layer_of({"icd": load}, names=names, group_of=group_of, entropy=even)
+    assert undecided_entropy(layer) == pytest.approx(even)
+    assert titles(routing_of(layer))["Routing is uniform"] == "bad"
+    assert "Routing is uniform" not in titles(routing_of(layer | {"entropy": 0.98 * even}))
+
+
+def test_a_general_expert_that_has_all_leaves_nothing_to_decide():
+    group_of = [0, 0, 1, -1]
+    layer = layer_of({"icd": [0.0, 0.0, 0.0, 1.0]}, names=["a", "b", "c", "general"], group_of=group_of, entropy=0.0)
+    assert undecided_entropy(layer) is None
 
 
 @pytest.mark.parametrize(

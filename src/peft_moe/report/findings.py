@@ -66,18 +66,24 @@ def divergence(loads: Sequence[Sequence[float]]) -> float:
 def undecided_entropy(layer: Layer) -> float | None:
     """Entropy, in nats, of the weights of a router whose scores are all equal; None where tokens get some experts only.
 
-    Those that a token gets say nothing then of how near the choice was. A general expert keeps its mean weight.
+    Those that a token gets say nothing then of how near the choice was. A general expert keeps its mean weight. Equal
+    scores give groups the same weight, or experts, where groups are not weighed by themselves: what is nearer.
     """
-    experts = layer["experts"]
+    experts, group_of = layer["experts"], layer["group_of"]
     if layer["chosen_per_token"] < len(experts) - 0.5:
         return None
-    if layer["group_of"] is None:
+    if group_of is None:
         return math.log(len(experts))
-    general = sum(load for load, group in zip(layer["load"], layer["group_of"], strict=True) if group < 0)
-    sizes = [layer["group_of"].count(group) for group in sorted(set(layer["group_of"]) - {-1})]
-    even = [1 / len(sizes) / size for size in sizes for _ in range(size)]
-    of_scores = max(_entropy(even), math.log(sum(sizes)))  # whether of groups and experts, or of all experts at once
-    return _entropy([general, 1 - general]) + (1 - general) * of_scores if general else of_scores
+    general = sum(load for load, group in zip(layer["load"], group_of, strict=True) if group < 0)
+    load = [load for load, group in zip(layer["load"], group_of, strict=True) if group >= 0]
+    if not sum(load):
+        return None
+    groups = [group for group in group_of if group >= 0]
+    by_group = [1 / len(set(groups)) / groups.count(group) for group in groups]
+    even = [by_group, [1 / len(groups)] * len(groups)]
+    shares = [value / sum(load) for value in load]
+    nearest = min(even, key=lambda weights: divergence([weights, shares]))
+    return _entropy([general, 1 - general]) + (1 - general) * _entropy(nearest)
 
 
 def _untrained(layers: Sequence[Layer]) -> Finding | None:
