@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_moe import MoeLoraConfig, MoLoraConfig
 from peft_moe.cli import main
+from peft_moe.cli.report import show
 from peft_moe.report.results import Routing
 
 TARGETS = ["q_proj", "down_proj"]
@@ -113,3 +114,13 @@ def test_a_stock_lora_is_refused(base, data, tmp_path, capsys):
     adapter = save(base, tmp_path / "lora", LoraConfig, r=2)
     assert main(["report", adapter, "--data", str(data), "--out", str(tmp_path / "out"), "--no-pictures"]) == 1
     assert "is a LORA adapter, which routes nothing" in capsys.readouterr().err
+
+
+def test_names_cannot_colour_or_clear_the_console(capsys):
+    finding = {"level": "bad", "title": "[red]x[/red]", "text": "Closest are \x1b[2J and [/]."}
+    routing = {"method": "MOELoRA", "adapter": "a\x1b]0;x\x07", "rows": 1, "tokens": 1, "tasks": [], "layers": []}
+    show(routing | {"findings": [finding]}, [], [])
+    said = capsys.readouterr().out
+    assert not {"\x1b", "\x07"} & set(said)
+    assert "[red]x[/red]" in said
+    assert "[/]" in said

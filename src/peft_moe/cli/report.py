@@ -115,12 +115,11 @@ def _draw(examples: Any, rows: int) -> Any:
 def show(routing: Mapping[str, Any], files: Sequence[Path], pictures: Sequence[Path]) -> None:
     """Print what was found, and where it is written."""
     from rich.console import Console
-    from rich.markup import escape
 
     console = Console(highlight=False, soft_wrap=True)
     colours = {"bad": "red", "note": "yellow", "good": "green"}
     console.print(
-        escape(
+        _shown(
             f"{routing['method']} adapter {routing['adapter']}: {routing['rows']} rows, {routing['tokens']} tokens, "
             f"{len(routing['tasks'])} tasks, {len(routing['layers'])} routed places"
         )
@@ -128,10 +127,17 @@ def show(routing: Mapping[str, Any], files: Sequence[Path], pictures: Sequence[P
     for finding in routing["findings"]:
         colour = colours[finding["level"]]
         console.print(
-            f"[{colour}]{finding['level']:>4}[/{colour}]  [bold]{escape(finding['title'])}.[/bold] "
-            f"{escape(finding['text'])}"
+            f"[{colour}]{finding['level']:>4}[/{colour}]  [bold]{_shown(finding['title'])}.[/bold] "
+            f"{_shown(finding['text'])}"
         )
     for path in files:
-        console.print(f"written: {escape(str(path))}")
+        console.print(f"written: {_shown(str(path))}")
     if pictures:
-        console.print(f"written: {len(pictures)} pictures in {escape(str(pictures[0].parent))}")
+        console.print(f"written: {len(pictures)} pictures in {_shown(str(pictures[0].parent))}")
+
+
+def _shown(text: str) -> str:
+    """Text of an adapter or of data for the console: no markup, and nothing that moves a terminal's cursor."""
+    from rich.markup import escape
+
+    return escape("".join(letter if letter.isprintable() else "\ufffd" for letter in text))
