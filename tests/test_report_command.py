@@ -1,95 +1,126 @@
-"""`peft-moe report`, from an adapter and rows to files."""
+"""`peft-moe report`, as it is used."""
 
 import json
-from pathlib import Path
+import os
 
 import pytest
 import torch
-from helpers import TARGETS
-from kinds import KINDS, config_of
 from peft import LoraConfig, get_peft_model
 from tiny_models import make_model
 from tiny_text import make_tokenizer, write_data
+from transformers import AutoModelForCausalLM
 
+from peft_moe import MoeLoraConfig, MoLoraConfig
 from peft_moe.cli import main
+from peft_moe.cli.report import show
+from peft_moe.report.results import Routing
+
+TARGETS = ["q_proj", "down_proj"]
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    """A base model, rows, an adapter of each method, and a stock LoRA."""
-    folder = tmp_path_factory.mktemp("report")
-    write_data(folder / "data")
-    make_tokenizer().save_pretrained(folder / "base")
-    make_model("llama").save_pretrained(folder / "base")
-    for kind in KINDS:
-        torch.manual_seed(0)
-        tasks = {"tasks": ["leaf", "size"], "default_task": None} if kind == "moelora" else {}
-        model = get_peft_model(make_model("llama"), config_of(kind, "llama", folder, **tasks))
-        model.save_pretrained(folder / kind)
-    stock = LoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS["llama"])
-    get_peft_model(make_model("llama"), stock).save_pretrained(folder / "stock")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    make_model("llama").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     return folder
 
 
-def command(saved, kind, out, *options):
-    base = ["--base-model", str(saved / "base"), "--data", str(saved / "data"), "--out", str(out)]
-    return ["report", str(saved / kind), *base, *options]
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_report_has_numbers_pictures_and_a_page(kind, saved, tmp_path, capsys):
-    assert main(command(saved, kind, tmp_path / "out", "--rows", "6", "--samples", "2")) == 0
-    out = capsys.readouterr().out
-    routing = json.loads((tmp_path / "out" / "routing.json").read_text())
-    assert routing["rows"] == 6
-    assert routing["adapter"] == str(saved / kind)
-    assert set(routing["tasks"]) == {"leaf", "size"}
-    for finding in routing["findings"]:
-        assert finding["title"] in " ".join(out.split())
-    assert str(tmp_path / "out" / "index.html") in out.replace("\n", "")
-    page = (tmp_path / "out" / "index.html").read_text()
-    assert all(json.dumps(layer["name"]) in page for layer in routing["layers"])
-    pictures = [path.read_bytes()[:4] for path in (tmp_path / "out").glob("*.png")]
-    assert len(pictures) >= 3
-    assert set(pictures) == {b"\x89PNG"}
+@pytest.fixture
+def adapter(base, tmp_path):
+    return save(base, tmp_path / "[adapter]", MoeLoraConfig, tasks=["leaf", "size"], r=8, num_experts=4)
 
 
-def test_nothing_is_lost_and_nothing_run_where_a_report_is_already(saved, tmp_path, capsys):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "index.html").write_text("mine")
-    (out / "notes.txt").write_text("mine too")
-    assert main(command(saved, "molora", out, "--no-pictures")) == 1
-    assert "index.html" in (said := capsys.readouterr().err)
-    assert "--overwrite" in said
-    assert [path.name for path in sorted(out.iterdir())] == ["index.html", "notes.txt"]
-    assert main(command(saved, "molora", out, "--no-pictures", "--overwrite", "--rows", "3")) == 0
-    assert (out / "notes.txt").read_text() == "mine too"
+def save(base, folder, kind, **fields):
+    torch.manual_seed(0)
+    fields = {"task_type": "CAUSAL_LM", "target_modules": TARGETS, "init_lora_weights": False} | fields
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), kind(**fields)).save_pretrained(str(folder))
+    return str(folder)
+
+
+def test_a_report_is_written(adapter, data, tmp_path, capsys):
+    out = tmp_path / "deep" / "report"
+    assert main(["report", adapter, "--data", str(data), "--out", str(out), "--rows", "12", "--samples", "3"]) == 0
+    routing = Routing.read(out / "routing.json")
+    assert (routing.adapter, routing.method, routing.rows, routing.tasks) == (adapter, "MOELoRA", 12, ["leaf", "size"])
+    assert routing.layers[0]["tasks"]["leaf"]["tokens"] + routing.layers[0]["tasks"]["size"]["tokens"] == routing.tokens
+    assert list(out.glob("*.png"))
+    assert "<html" in (out / "index.html").read_text(encoding="utf-8")
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"MOELoRA adapter {adapter}: 12 rows" in said  # brackets in names are no markup
+    for finding in routing.findings:
+        assert finding["title"] in said
+    assert str(out / "index.html") in said
+
+
+def test_a_report_without_pictures_of_token_routing(base, data, tmp_path, capsys):
+    adapter = save(base, tmp_path / "molora", MoLoraConfig, r=2, num_experts=3)
+    out, words = tmp_path / "out", ["--split", "dev", "--rows", "3", "--no-pictures"]
+    assert main(["report", adapter, "--data", str(data), "--out", str(out), *words]) == 0
     assert not list(out.glob("*.png"))
-    assert (out / "index.html").read_text().startswith("<!")
+    assert Routing.read(out / "routing.json").rows == 2  # one of each task
+    assert "pictures in" not in capsys.readouterr().out
+
+
+def test_a_report_is_not_lost(adapter, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["report", adapter, "--data", str(data), "--out", str(out), "--rows", "2", "--no-pictures"]
+    assert main(words) == 0
+    before = (out / "routing.json").read_text(encoding="utf-8")
+    capsys.readouterr()
+    assert main(words) == 1
+    assert "routing.json" in capsys.readouterr().err
+    assert (out / "routing.json").read_text(encoding="utf-8") == before
+    assert main([*words[:-2], "4", "--no-pictures", "--overwrite"]) == 0
+    assert json.loads((out / "routing.json").read_text(encoding="utf-8"))["rows"] == 4
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "message"),
+    ("words", "message"),
     [
-        ("molora", ["--rows", "0"], "--rows=0"),
-        ("molora", ["--batch-size", "0"], "--batch-size=0"),
-        ("molora", ["--split", "no_such"], "no_such"),
-        ("stock", [], "has no routers"),
-        ("nowhere", [], "nowhere"),
+        (["--rows", "0"], "--rows=0 is no count"),
+        (["--batch-size", "0"], "--batch-size=0 is no count"),
+        (["--samples", "-1"], "--samples=-1 is no count"),
+        (["--split", "nowhere"], "nowhere"),
+        (["--data", "missing.jsonl"], "No data at 'missing.jsonl'"),
+        (["--out", "{file}"], "is a file"),
+        (["--out", "{file}/in/it"], "is a file"),
     ],
 )
-def test_what_cannot_be_reported_is_one_line_and_leaves_nothing(kind, options, message, saved, tmp_path, capsys):
-    assert main(command(saved, kind, tmp_path / "out", *options)) == 1
+def test_bad_input_is_one_line_and_nothing_is_written(words, message, adapter, data, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    given = [word.format(file=tmp_path / "file") for word in words]
+    out = tmp_path / "out"
+    assert main(["report", adapter, "--data", str(data), "--out", str(out), "--no-pictures", *given]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("peft-moe: ")
     assert message in error
-    assert len(error.splitlines()) == 1
-    assert not (tmp_path / "out").exists()
+    assert error.splitlines()[-1].startswith("peft-moe: ")
+    assert not out.exists()
 
 
-def test_a_file_is_no_directory(saved, tmp_path, capsys):
-    (tmp_path / "out").write_text("mine")
-    assert main(command(saved, "molora", tmp_path / "out")) == 1
-    assert "is a file" in capsys.readouterr().err
-    assert (tmp_path / "out").read_text() == "mine"
+def test_data_of_other_tasks_is_refused_before_the_model_is_loaded(base, data, tmp_path, capsys):
+    adapter = save(base, tmp_path / "other", MoeLoraConfig, tasks=["leaf", "bark"], r=8, num_experts=4)
+    words = ["--data", str(data), "--out", str(tmp_path / "out"), "--base-model", os.devnull, "--no-pictures"]
+    assert main(["report", adapter, *words]) == 1
+    assert "['size'] that are not among" in capsys.readouterr().err
+
+
+def test_a_stock_lora_is_refused(base, data, tmp_path, capsys):
+    adapter = save(base, tmp_path / "lora", LoraConfig, r=2)
+    assert main(["report", adapter, "--data", str(data), "--out", str(tmp_path / "out"), "--no-pictures"]) == 1
+    assert "is a LORA adapter, which routes nothing" in capsys.readouterr().err
+
+
+def test_names_cannot_colour_or_clear_the_console(capsys):
+    finding = {"level": "bad", "title": "[red]x[/red]", "text": "Closest are \x1b[2J and [/]."}
+    routing = {"method": "MOELoRA", "adapter": "a\x1b]0;x\x07", "rows": 1, "tokens": 1, "tasks": [], "layers": []}
+    show(routing | {"findings": [finding]}, [], [])
+    said = capsys.readouterr().out
+    assert not {"\x1b", "\x07"} & set(said)
+    assert "[red]x[/red]" in said
+    assert "[/]" in said

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import check, compose, fold, inspect, report
+from . import compose, fold, report
 
-COMMANDS = (fold, compose, inspect, check, report)
+COMMANDS = (fold, compose, report)
 
 
 def main(argv: list[str] | None = None) -> int:

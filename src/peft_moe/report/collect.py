@@ -1,52 +1,37 @@
-"""What routers give to real inputs: sums over all tokens, and a few rows token by token.
+"""Run an adapted model over rows and add up what its routers do.
 
-Shapes: n rows · s tokens · E experts · T tasks
+Shapes: n rows · s tokens · E experts · G groups · T tasks
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.logging import tqdm
 
 from ..card_methods import method_of
 from ..checks import check_count
-from ..config import MoeConfig
-from ..data import check_tasks, encode, task_key
+from ..data import encode, task_key
 from ..grouped import GroupedMoeConfig
-from ..layer import MoeLinear
+from ..routing import Router, prompt_before_labels
+from ..tuner import MoeTuner
 from .findings import findings
-from .places import Place, places_of, read_sums, statistics_of
-from .similarity import similarity
+from .pieces import pieces
+from .places import Place, Watch, places_of
+from .results import Routing, Sample, Samples
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1
-
-
-@dataclass
-class Sample:
-    """A row, token by token.
-
-    Args:
-        task: its task; None if it has none.
-        tokens: its last tokens as texts, (n,).
-        prompt_tokens: how many of them belong to the prompt.
-        weights: by place, (n, E), or (1, E) where all tokens have the same.
-    """
-
-    task: str | None
-    tokens: list[str]
-    prompt_tokens: int
-    weights: list[torch.Tensor]
+__all__ = ["Routing", "Sample", "Samples", "collect"]
 
 
 @torch.no_grad()
@@ -60,203 +45,250 @@ def collect(
     samples: int = 8,
     sample_tokens: int = 128,
     progress: bool = True,
-) -> tuple[dict[str, Any], list[Sample]]:
-    """Run rows, prompt and answer, and add up what the active adapter's routers give each token.
+) -> tuple[Routing, Samples]:
+    """What the routers of an adapter give each expert, over the prompts and answers of some rows.
+
+    Every routed layer is a place of its own, also where layers share MOELoRA's gate: its weights are the same in all
+    of them, but the experts are not. AT-MoE decides once for a block, and so has one place for each block, whose
+    similarity is that of the experts' updates in all layers of the block, and whose ranks are the largest there.
+    Layers with one expert route nothing and are left out; so are shared experts, which every token gets whole. Base
+    experts are there, also those without matrices, whose share goes to the base model alone. Padding does not count.
+    For AT-MoE per prompt, each token of a row counts with the weights that the row's prompt has led to.
 
     Args:
-        model: a causal language model with one of our adapters. It is left in the mode it came in.
-        tokenizer: the one it was trained with.
+        model: a causal language model with one active adapter of ours, not merged.
+        tokenizer: the one the model was trained with.
         examples: rows of `read_examples`.
-        batch_size: rows of a call.
+        batch_size: rows run at once.
         max_length: tokens of a row; longer ones lose the start of their prompt.
         samples: rows to keep token by token, spread over the tasks.
-        sample_tokens: of these, the last tokens.
+        sample_tokens: tokens of these, the last of the row.
         progress: show a progress bar.
 
     Returns:
-        the routing as plain lists and numbers, of which docs/guides/reading-the-routing.md says what they are, with
-        `findings`; and the samples. Padding counts nowhere.
+        sums over the rows, and the rows that are kept. `Routing.layers` has for each place: `name`, `block` (its
+        number, or None), `module` (the rest of the name), `experts` (names), `ranks`, `group_of`; `tokens`; `load`: by
+        expert, the share of all weight; `top1` and `chosen`: the share of tokens that weigh it most, and that give it
+        any weight; `entropy`: nats, the mean over tokens of the entropy of a token's weights; `effective_experts`:
+        exp(entropy of load); `chosen_per_token`; `group_load`: by group, its mean weight in the mixture; `tasks`: by
+        task, `tokens`, `load`, `entropy`; `similarity`: cosines between the experts' updates.
+
+    The model is left in the mode it came in.
 
     Raises:
-        ValueError: another kind of model, no rows, rows of a task that the adapter does not know and needs, sizes
-            below 1, or an adapter without routers.
+        TypeError: the model has no adapter of ours.
+        ValueError: no routed layer, several active adapters or a merged one, rows of a task that the adapter does not
+            have, an answer longer than max_length, sizes below 1, or weights that are no numbers.
 
     Example:
-        >>> routing, samples = collect(model, tokenizer, read_examples("data/medmulti/tiny", split="test"))
+        >>> routing, rows = collect(model, tokenizer, read_examples("data/medmulti/tiny", split="dev"))
     """
-    for name, value in {"batch_size": batch_size, "sample_tokens": sample_tokens}.items():
-        check_count(name, value, "a number of rows or tokens")
-    adapter, config = _adapter_of(model)
-    groups = config.names if isinstance(config, GroupedMoeConfig) else None
-    places = places_of(model.get_base_model(), adapter, groups)
+    check_count("batch_size", batch_size, "the number of rows run at once")
+    check_count("samples", samples, "the number of rows kept token by token", low=0)
+    check_count("sample_tokens", sample_tokens, "the number of tokens kept of each")
+    tuner, adapter = _adapter_of(model)
+    places, skipped = places_of(tuner, adapter)
+    if skipped:
+        warnings.warn(
+            f"{len(skipped)} routed layers are inside experts of the base model, which see tokens picked from all "
+            f"rows, and are left out, such as {skipped[0]!r}.",
+            stacklevel=2,
+        )
     if not places:
-        raise ValueError(f"Adapter {adapter!r} has one expert in every layer, so that there is no routing to look at.")
-    rows = encode(examples, tokenizer, tasks=_told(config, examples), max_length=max_length)
-    named = [None if task is None else task_key(task) for task in examples["task"]]
-    tasks = sorted({task for task in named if task is not None})
-    seen = _Seen(places, [len(tasks) if task is None else tasks.index(task) for task in named], len(tasks) + 1)
-    shown = {row: Sample(named[row], [], 0, []) for row in _spread(named, samples)}
-    # experts in the output layer are to see all tokens; else their logits are not needed
-    fewer = {} if isinstance(model.get_output_embeddings(), MoeLinear) else {"logits_to_keep": 1}
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]), reverse=True)
-    training = model.training
+        raise ValueError(f"Adapter {adapter!r} has no layer with a router that can be looked at, so nothing to report.")
+    config: Any = tuner.peft_config[adapter]
+    told = config.task_names if config.needs_tasks else None
+    encoded = encode(examples, tokenizer, tasks=told, max_length=max_length)
+    keys = [task_key(task) if task else None for task in examples["task"]]
+    tasks = sorted({key for key in keys if key is not None})
+    sums = _Sums([place.router for place in places], tasks, chosen := _spread(keys, samples))
+    watch = Watch([place.router for place in places], sums.add)
+    order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]["input_ids"]), reverse=True)
+    with ExitStack() as stack:
+        stack.enter_context(tuner.context.turn())
+        stack.enter_context(_evaluating(model))
+        stack.enter_context(watch.on())
+        for start in tqdm(range(0, len(order), batch_size), desc="Looking at routers", disable=not progress):
+            rows = order[start : start + batch_size]
+            batch = _padded([encoded[row] for row in rows], tokenizer, model.device)
+            mask = batch["attention_mask"].bool()
+            lengths = [len(encoded[row]["input_ids"]) for row in rows]
+            sums.begin(rows, [keys[row] for row in rows], mask, lengths, keep=sample_tokens)
+            labels = batch.pop("labels")
+            if told is not None:
+                batch["task_ids"] = [examples[row]["task"] for row in rows]
+            if tuner.reads_prompts:
+                batch["prompt_mask"] = prompt_before_labels(labels, mask)
+            with watch.batch(*mask.shape):
+                model(**batch, **_options(tuner))
+    layers = [place.describe() | sums.read(place) | {"similarity": place.similarity()} for place in places]
+    routing = Routing(
+        adapter=adapter,
+        method=method_of(config).name,
+        base_model=str(config.base_model_name_or_path or ""),
+        rows=len(encoded),
+        tokens=sum(map(len, encoded["input_ids"])),
+        tasks=tasks,
+        groups=list(config.names) if isinstance(config, GroupedMoeConfig) else None,
+        layers=layers,
+    )
+    routing.findings.extend(findings(routing.to_dict()))
+    kept = [_sample(row, keys[row], encoded[row], tokenizer, sample_tokens, places, sums) for row in chosen]
+    return routing, kept
+
+
+def _adapter_of(model: Any) -> tuple[MoeTuner, str]:
+    """The tuner of a model and the name of its active adapter."""
+    tuner = model.base_model if isinstance(model, PeftModel) else None
+    if not isinstance(tuner, MoeTuner):
+        raise TypeError(f"{type(model).__name__} has no adapter of peft_moe; load one with PeftModel.from_pretrained.")
+    active = list(tuner.active_adapters)
+    if len(active) != 1:
+        raise ValueError(f"The active adapters are {active}; choose one with model.set_adapter(name).")
+    if active[0] in tuner.context.in_base:
+        raise ValueError(f"Adapter {active[0]!r} is merged, and routes nothing; call model.unmerge_adapter() first.")
+    return tuner, active[0]
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        for start in tqdm(range(0, len(order), batch_size), desc="Routing", disable=not progress):
-            part = order[start : start + batch_size]
-            batch = _batch([rows[row] for row in part], tokenizer, config, model.device)
-            with seen.watching(part, batch["attention_mask"] > 0, shown, sample_tokens):
-                model(**batch, **fewer)
+        yield
     finally:
-        model.train(training)
-    for row, sample in shown.items():
-        write_tokens(sample, rows[row], tokenizer, sample_tokens)
-    routing = {
-        "format": FORMAT,
-        "adapter": adapter,
-        "method": method_of(config).name,
-        "base_model": config.base_model_name_or_path,
-        "rows": len(rows),
-        "tokens": sum(len(ids) for ids in rows["input_ids"]),
-        "tasks": tasks,
-        "groups": None if groups is None else list(groups),
-        "layers": seen.read(tasks),
+        for module, training in modes.items():
+            module.training = training
+
+
+def _options(tuner: MoeTuner) -> dict[str, Any]:
+    """What spares a call the parts that nobody looks at, where the model knows it."""
+    known = inspect.signature(type(tuner.model).forward).parameters
+    return {name: value for name, value in {"use_cache": False, "logits_to_keep": 1}.items() if name in known}
+
+
+def _padded(
+    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> dict[str, Any]:
+    """Padded on the right, as in training."""
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    values = {"input_ids": pad, "attention_mask": 0, "labels": -100}
+    return {
+        name: pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=value).to(device)
+        for name, value in values.items()
     }
-    return routing | {"findings": findings(routing)}, list(shown.values())
 
 
-class _Seen:
-    """Sums by place and task, on the device until they are read."""
+def _spread(keys: Sequence[str | None], count: int) -> list[int]:
+    """So many rows, taken from the tasks in turn, each task's in their order; sorted by task and row."""
+    rows: dict[str, list[int]] = {}
+    for row, key in enumerate(keys):
+        rows.setdefault(key or "", []).append(row)
+    turns = [(turn, key, row) for key, of_task in rows.items() for turn, row in enumerate(of_task)]
+    return [row for _, row in sorted((key, row) for _, key, row in sorted(turns)[:count])]
 
-    def __init__(self, places: Sequence[Place], task_of: Sequence[int], num_tasks: int) -> None:
-        self.places, self.task_of, self.num_tasks = places, task_of, num_tasks
-        self.sums: list[torch.Tensor | None] = [None] * len(places)
 
-    @contextmanager
-    def watching(self, part: Sequence[int], mask: torch.Tensor, shown: dict[int, Sample], last: int) -> Iterator[None]:
-        """A `with` block in which a call of these rows, whose tokens count by the mask (n, s), is added up."""
-        lengths = mask.sum(1).tolist() if any(row in shown for row in part) else []
-        tasks = torch.tensor([self.task_of[row] for row in part], device=mask.device)
+def _sample(
+    row: int,
+    task: str | None,
+    encoded: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    most: int,
+    places: Sequence[Place],
+    sums: _Sums,
+) -> Sample:
+    ids, labels = encoded["input_ids"], encoded["labels"]
+    start = max(0, len(ids) - most)
+    return Sample(
+        task=task,
+        tokens=pieces(ids, tokenizer, start=start),
+        prompt_tokens=sum(label == -100 for label in labels[start:]),
+        weights=[sums.kept[place.router][row].cpu() for place in places],
+    )
 
-        def saw(index: int, weights: torch.Tensor) -> None:
-            if weights.shape[:-1].numel() == mask.numel():  # some models flatten (n, s)
-                weights = weights.reshape(*mask.shape, -1)
-            self._add(index, weights, mask, tasks)
-            for at, row in enumerate(part):
-                if row in shown:
-                    own = weights[at if len(weights) > 1 else 0]
-                    shown[row].weights.append(own[: lengths[at]][-last:].cpu())
 
-        with ExitStack() as stack:
-            for index, place in enumerate(self.places):
-                stack.enter_context(place.watched(partial(saw, index)))
-            yield
+class _Sums:
+    """Sums by router and task, on the routers' devices; reading them is the only time that is waited for.
 
-    def _add(self, index: int, weights: torch.Tensor, mask: torch.Tensor, tasks: torch.Tensor) -> None:
-        columns = statistics_of(weights)  # (n, s), or (n or 1, 1) where all tokens of a row share a decision
-        counted = mask.to(columns) if columns.shape[1] > 1 else mask.sum(1, keepdim=True).to(columns)
-        rows = (columns * counted.unsqueeze(-1)).sum(1)
-        total = columns.new_zeros(self.num_tasks, columns.shape[-1]).index_add(0, tasks.to(rows.device), rows)
-        before = self.sums[index]
-        self.sums[index] = total if before is None else before.add_(total)
+    Args:
+        routers: which.
+        tasks: names.
+        chosen: rows whose weights are kept.
+    """
 
-    def read(self, tasks: Sequence[str]) -> list[dict[str, Any]]:
-        """What each place did, in numbers."""
-        return [self._read(place, sums, tasks) for place, sums in zip(self.places, self.sums, strict=True)]
+    def __init__(self, routers: Sequence[Router], tasks: Sequence[str], chosen: Sequence[int]) -> None:
+        self.tasks, self.chosen = list(tasks), set(chosen)
+        # (T + 1, C): the last row is for rows without a task
+        self.sums: dict[Router, torch.Tensor] = {}
+        self.numbers: dict[Router, torch.Tensor] = {}
+        self.kept: dict[Router, dict[int, torch.Tensor]] = {router: {} for router in routers}
 
-    def _read(self, place: Place, sums: torch.Tensor | None, tasks: Sequence[str]) -> dict[str, Any]:
-        if sums is None:
-            raise ValueError(f"{place.name} was not run by the model, so that nothing can be said of its routing.")
-        sums = sums.double().cpu()
-        of_all = read_sums(sums.sum(0), place)
-        by_task = {task: read_sums(row, place) for task, row in zip(tasks, sums, strict=False) if row[-1] > 0}
-        bank = place.layer.bank(place.adapter)
-        cosines = similarity(bank.lora_A.weight, bank.lora_B.weight, list(bank.ranks))
-        if len(cosines) < len(place.experts):  # a base expert without matrices
-            cosines = torch.nn.functional.pad(cosines, (1, 0, 1, 0))
-        loads = of_all["load"]
+    def begin(
+        self, rows: list[int], keys: list[str | None], mask: torch.Tensor, lengths: list[int], *, keep: int
+    ) -> None:
+        """What the next weights are of: rows, their tasks, mask (n, s) and lengths; the last `keep` tokens are kept."""
+        index = [self.tasks.index(key) if key is not None else len(self.tasks) for key in keys]
+        self.rows, self.keep, self.mask, self.lengths = rows, keep, mask, lengths
+        self.index = torch.tensor(index, device=mask.device)
+
+    def add(self, router: Router, weights: torch.Tensor, groups: torch.Tensor | None) -> None:
+        """Add what a router gave: weights (n or 1, s or 1, E), and those of groups (n or 1, s or 1, G)."""
+        mask, index = self.mask.to(weights.device), self.index.to(weights.device)
+        total = weights.sum(-1, keepdim=True)
+        shares = weights / total.where(total > 0, torch.ones_like(total))
+        top1 = torch.zeros_like(weights).scatter_(-1, weights.argmax(-1, keepdim=True), 1.0) * (weights > 0)
+        entropy = torch.special.entr(shares).sum(-1, keepdim=True)
+        parts = [weights, top1, (weights > 0).float(), entropy, torch.ones_like(entropy)]
+        columns = torch.cat(parts if groups is None else [*parts, groups.expand(*weights.shape[:-1], -1)], dim=-1)
+        if columns.shape[1] == 1:  # a row's tokens share the weights
+            by_row = columns[:, 0] * mask.sum(1, keepdim=True)
+        else:
+            by_row = columns.masked_fill(~mask.unsqueeze(-1), 0.0).sum(1)
+        if router not in self.sums:
+            wide = torch.float32 if by_row.device.type == "mps" else torch.float64
+            self.sums[router] = by_row.new_zeros(len(self.tasks) + 1, by_row.shape[1], dtype=wide)
+        self.sums[router].index_add_(0, index, by_row.to(self.sums[router].dtype))
+        for at in (i for i, row in enumerate(self.rows) if row in self.chosen):
+            own = weights[min(at, len(weights) - 1)]
+            end = self.lengths[at]
+            own = own if len(own) == 1 else own[max(0, end - self.keep) : end]
+            self.kept[router][self.rows[at]] = own.clone()
+
+    def read(self, place: Place) -> dict[str, Any]:
+        """What a report says of a place; waits for the device once for each router."""
+        if place.router not in self.sums:
+            raise ValueError(f"The router of {place.name!r} was not asked; is the adapter enabled?")
+        if place.router not in self.numbers:
+            self.numbers[place.router] = self.sums[place.router].double().cpu()
+        values = self.numbers[place.router]
+        if not torch.isfinite(values).all():
+            raise ValueError(
+                f"The router of {place.name!r} gives weights that are NaN or infinite, as after diverged training; "
+                "load an earlier checkpoint."
+            )
+        e, total = len(place.experts), values.sum(0)
+        tokens, load = total[3 * e + 1].item(), _shares(total[:e])
+        tasks = {
+            task: {"tokens": round(row[3 * e + 1].item()), "load": _shares(row[:e]).tolist()}
+            | {"entropy": (row[3 * e] / row[3 * e + 1]).item()}
+            for task, row in zip(self.tasks, values, strict=False)
+            if row[3 * e + 1] > 0
+        }
+        groups = total[3 * e + 2 :] / tokens
         return {
-            "name": place.name,
-            "block": place.block,
-            "module": place.module,
-            "experts": place.experts,
-            "ranks": place.ranks,
-            "group_of": place.group_of,
-            **of_all,
-            "group_load": None
-            if place.group_of is None
-            else [
-                sum(load for load, g in zip(loads, place.group_of, strict=True) if g == group)
-                for group in range(max(place.group_of) + 1)
-            ],
-            "tasks": {
-                task: {name: values[name] for name in ("tokens", "load", "entropy")} for task, values in by_task.items()
-            },
-            "similarity": cosines.tolist(),
+            "tokens": round(tokens),
+            "load": load.tolist(),
+            "top1": (total[e : 2 * e] / tokens).tolist(),
+            "chosen": (total[2 * e : 3 * e] / tokens).tolist(),
+            "entropy": total[3 * e].item() / tokens,
+            "effective_experts": torch.special.entr(load).sum().exp().item(),
+            "chosen_per_token": total[2 * e : 3 * e].sum().item() / tokens,
+            "group_load": groups.tolist() if len(groups) else None,
+            "tasks": tasks,
         }
 
 
-def _adapter_of(model: PeftModel) -> tuple[str, MoeConfig]:
-    config = model.active_peft_config if isinstance(model, PeftModel) else None
-    if not isinstance(config, MoeConfig):
-        raise ValueError(
-            f"A report needs an adapter of peft_moe on its base model, and this is a {type(model).__name__} with "
-            f"{type(config).__name__}; load one with PeftModel.from_pretrained."
-        )
-    return model.active_adapters[0], config
-
-
-def _told(config: MoeConfig, examples: Dataset) -> list[str] | None:
-    """The task names that rows are told by; None where the adapter knows none, or they are mere labels of others."""
-    if not config.task_names:
-        return None
-    try:
-        check_tasks(examples, config.task_names)
-    except ValueError:
-        if config.needs_tasks:
-            raise
-        return None
-    return config.task_names
-
-
-def _spread(tasks: Sequence[str | None], count: int) -> list[int]:
-    """Rows in turns of the tasks, each in its order."""
-    by_task: dict[str | None, list[int]] = {}
-    for row, task in enumerate(tasks):
-        by_task.setdefault(task, []).append(row)
-    turns = [
-        rows[turn] for turn in range(max(map(len, by_task.values()))) for rows in by_task.values() if turn < len(rows)
-    ]
-    return turns[:count]
-
-
-def _batch(
-    rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, config: MoeConfig, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """Rows padded on the right."""
-    longest = max(len(row["input_ids"]) for row in rows)
-    pad = cast(int, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
-
-    def padded(name: str, fill: int) -> torch.Tensor:
-        return torch.tensor([row[name] + [fill] * (longest - len(row[name])) for row in rows], device=device)
-
-    batch = {"input_ids": padded("input_ids", pad), "attention_mask": padded("attention_mask", 0)}
-    if isinstance(config, GroupedMoeConfig) and config.router_input == "prompt":
-        batch["prompt_mask"] = (padded("labels", 0) == -100) & (batch["attention_mask"] > 0)
-    if "task_ids" in rows[0]:
-        ids = [row["task_ids"] if isinstance(row["task_ids"], list) else [row["task_ids"]] for row in rows]
-        most = max(map(len, ids))
-        batch["task_ids"] = torch.tensor([of_row + [-1] * (most - len(of_row)) for of_row in ids], device=device)
-    return batch
-
-
-def write_tokens(sample: Sample, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, last: int) -> None:
-    """The texts of a row's last tokens: those of a character that takes several are in the last of them."""
-    ids, labels = row["input_ids"][-last:], row["labels"][-last:]
-    before = ""
-    for at in range(len(ids)):
-        text = str(tokenizer.decode(ids[: at + 1], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        whole = "" if text.endswith("\ufffd") else text[len(before) :]
-        sample.tokens.append(whole)
-        before = text if whole else before
-    sample.prompt_tokens = sum(label == -100 for label in labels)
+def _shares(load: torch.Tensor) -> torch.Tensor:
+    """Parts of their sum; zeros if there is none, as where all experts are switched off."""
+    total = load.sum()
+    return load / total if total > 0 else torch.zeros_like(load)

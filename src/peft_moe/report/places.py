@@ -1,139 +1,193 @@
-"""Where a model decides about experts, and what each place gave every token of a call.
+"""Where an adapter routes: the places that a report is about, their experts, and what their routers gave.
 
-Shapes: n rows · E experts
+Shapes: n rows · s tokens · E experts · G groups
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..layer import MoeLinear
+from ..bank import ExpertBank
+from ..grouped import GroupedMoeConfig
+from ..layer import IN_BASE_EXPERTS, MoeLinear
 from ..routing import GroupedRouter, Router, TaskRouter, TokenRouter
 from ..schedule import layer_of
+from ..tuner import MoeTuner
+from .similarity import similarity
 
-Saw = Callable[[torch.Tensor], None]
+GENERAL = "general"  # the name of AT-MoE's general expert
+BASE = "base "  # what names of base experts begin with
+
+# Gets a router, its weights (k, m, E), k rows or 1 for all, m tokens or 1 for all; and those of groups (k, m, G).
+Sink = Callable[[Router, torch.Tensor, "torch.Tensor | None"], None]
 
 
+@dataclass
 class Place:
-    """One place that decides: a routed layer, or a block of AT-MoE, whose layers share what its router says.
-
-    Layers that share a gate of MOELoRA are a place each, since their experts differ, though their weights do not.
+    """A layer, or a block whose layers share a router.
 
     Args:
-        name: of the module.
-        layer: the layer, the first one of a block.
-        adapter: whose experts.
-        groups: names of AT-MoE's experts by group.
+        name: in the model.
+        router: its router.
+        experts: names of the experts, in the order of the router's weights.
+        group_of: by expert, the index of its group, or -1; None where there are no groups.
+        banks: of the layers.
     """
 
-    def __init__(self, name: str, layer: MoeLinear, adapter: str, groups: dict[str, list[str]] | None) -> None:
-        self.name, self.layer, self.adapter = name, layer, adapter
-        self.router = cast(Router, layer.router_of(adapter))
-        at = layer_of(name)
-        self.block = None if at is None else at[1]
-        self.module = name if at is None else name.removeprefix(f"{at[0]}.{at[1]}").lstrip(".")
-        ranks = list(layer.bank(adapter).ranks)
-        if isinstance(self.router, GroupedRouter):
-            of_group = groups or {}
-            self.experts = [f"{group}/{expert}" for group, experts in of_group.items() for expert in experts]
-            self.group_of: list[int] | None = [g for g, experts in enumerate(of_group.values()) for _ in experts]
-            if self.router.has_general:
-                self.experts.append("general")
-                self.group_of.append(-1)
-        elif isinstance(self.router, TokenRouter):
-            self.experts, self.group_of = _names(self.router, len(ranks)), None
-            ranks = [0, *ranks] if self.router.base_is_empty else ranks
-        else:
-            self.experts, self.group_of = [str(i) for i in range(len(ranks))], None
-        self.ranks = ranks
+    name: str
+    router: Router
+    experts: list[str]
+    group_of: list[int] | None
+    banks: list[ExpertBank] = field(default_factory=list)
 
-    @contextmanager
-    def watched(self, saw: Saw) -> Iterator[None]:
-        """Hand on what it decides in the `with` block.
+    def describe(self) -> dict[str, Any]:
+        """What a report says of it that does not depend on data."""
+        of = layer_of(self.name)
+        block = ".".join(filter(None, (of[0], str(of[1])))) if of else ""
+        ranks = [max(of_expert) for of_expert in zip(*(bank.ranks for bank in self.banks), strict=True)]
+        return {
+            "name": self.name,
+            "block": of[1] if of else None,
+            "module": self.name.removeprefix(block).removeprefix("."),
+            "experts": self.experts,
+            "ranks": [0] * self._empty + ranks[self._shared :],
+            "group_of": self.group_of,
+        }
 
-        Args:
-            saw: gets weights (..., E) with the leading axes of the layer's input, or (n or 1, 1, E).
-        """
-        # a router of several layers does not know for which it is called; what it says there, a layer may ask for again
-        of_block = isinstance(self.router, GroupedRouter) and not self.router.owned
-        by_layer = of_block or isinstance(self.router, TaskRouter)
-        handle = (
-            self.layer.register_forward_hook(lambda _, args, __: saw(self._whole(self._asked(args[0]))))
-            if by_layer
-            else self.router.register_forward_hook(lambda _, __, made: saw(self._whole(made)))
-        )
-        try:
-            yield
-        finally:
-            handle.remove()
+    def similarity(self) -> list[list[float]] | None:
+        """Cosines between the experts' updates, (E, E); None for weights that are offloaded."""
+        if any(bank.lora_A.weight.is_meta or bank.lora_B.weight.is_meta for bank in self.banks):
+            return None
+        of_bank, e, empty = similarity(self.banks), len(self.experts), self._empty
+        found = of_bank.new_zeros(e, e)
+        found[empty:, empty:] = of_bank[self._shared :, self._shared :]
+        return found.tolist()
 
-    def _asked(self, x: torch.Tensor) -> torch.Tensor:
-        return cast(torch.Tensor, self.layer.weights(self.adapter, x))
+    @property
+    def _shared(self) -> int:
+        """How many of a bank's first experts every token gets whole."""
+        return self.router.num_shared if isinstance(self.router, TokenRouter) else 0
 
-    def _whole(self, weights: torch.Tensor) -> torch.Tensor:
-        """With what is left for the base model alone, where a base expert has no matrices."""
-        weights = weights.detach().float()
-        if isinstance(self.router, TokenRouter) and self.router.base_is_empty:
-            left = 1 + self.router.num_shared - weights.sum(-1, keepdim=True)
-            return torch.cat([left.clamp_min(0), weights], dim=-1)
-        return weights
+    @property
+    def _empty(self) -> int:
+        """How many of the experts have no matrices, and come first."""
+        return self.router.num_base if isinstance(self.router, TokenRouter) and self.router.base_is_empty else 0
 
 
-def places_of(model: nn.Module, adapter: str, groups: dict[str, list[str]] | None) -> list[Place]:
-    """The places of an adapter, in the order of the model; layers of one expert decide nothing and are left out.
+def places_of(tuner: MoeTuner, adapter: str) -> tuple[list[Place], list[str]]:
+    """An adapter's routed places in the order of the model; and names of those that cannot be looked at.
 
-    Args:
-        model: has the layers.
-        adapter: its name.
-        groups: names of AT-MoE's experts by group.
+    The latter are in the base model's own experts, which see tokens picked from all rows.
     """
-    found, blocks = [], set()
-    for name, layer in model.named_modules():
+    config = tuner.peft_config[adapter]
+    places: dict[str, Place] = {}
+    skipped: list[str] = []
+    for key, layer in tuner.model.named_modules():
         if not isinstance(layer, MoeLinear) or adapter not in layer.moelora_bank:
             continue
-        router = layer.router_of(adapter)
-        if router is None or router in blocks:
+        router, bank = layer.router_of(adapter), layer.bank(adapter)
+        if router is None:
             continue
+        if IN_BASE_EXPERTS.search(key):
+            skipped.append(key)
+            continue
+        name = key
         if isinstance(router, GroupedRouter) and not router.owned:
-            blocks.add(router)
-            at = layer_of(name)
-            name = name if at is None else f"{at[0]}.{at[1]}"
-        found.append(Place(name, layer, adapter, groups))
-    return found
+            name = router.name.removeprefix(f"{adapter}/")
+        place = places.setdefault(name, Place(name, router, *_experts(config, router, bank)))
+        place.banks.append(bank)
+    return list(places.values()), skipped
 
 
-def _names(router: TokenRouter, banks: int) -> list[str]:
-    shared = [f"shared {i}" for i in range(router.num_shared)]
-    if router.base_is_empty:
-        return ["base", *shared, *(str(i) for i in range(banks - router.num_shared))]
-    base = [f"base {i}" for i in range(router.num_base)]
-    return [*shared, *base, *(str(i) for i in range(banks - router.num_shared - router.num_base))]
+def _experts(config: Any, router: Router, bank: ExpertBank) -> tuple[list[str], list[int] | None]:
+    if isinstance(router, GroupedRouter) and isinstance(config, GroupedMoeConfig):
+        names = [f"{group}/{name}" for group, experts in config.names.items() for name in experts]
+        group_of = [i for i, experts in enumerate(config.names.values()) for _ in experts]
+        general = int(router.has_general)
+        return names + [GENERAL] * general, group_of + [-1] * general
+    if isinstance(router, TokenRouter):
+        special = router.gate.num_experts - router.num_base
+        return [*(f"{BASE}{i}" for i in range(router.num_base)), *map(str, range(special))], None
+    return list(map(str, range(len(bank.ranks)))), None
 
 
-def statistics_of(weights: torch.Tensor) -> torch.Tensor:
-    """What is added up of weights (..., E): these, top-1, chosen, entropy of their shares, and 1: (..., 3 E + 2)."""
-    top = torch.zeros_like(weights).scatter_(-1, weights.argmax(-1, keepdim=True), 1.0)
-    share = weights / weights.sum(-1, keepdim=True).clamp_min(1e-9)
-    entropy = torch.special.entr(share).sum(-1, keepdim=True)
-    return torch.cat([weights, top, (weights > 0).to(weights), entropy, torch.ones_like(entropy)], dim=-1)
+class Watch:
+    """Looks at what routers give, by hooks, which the fast ways of a layer's forward make way for.
 
+    Args:
+        routers: which.
+        sink: what gets it.
+    """
 
-def read_sums(sums: torch.Tensor, place: Place) -> dict[str, Any]:
-    """Sums (3 E + 2,) of `statistics_of` over tokens as numbers."""
-    e = len(place.experts)
-    load, tokens = sums[:e], sums[-1].item()
-    share = load / load.sum().clamp_min(1e-9)
-    return {
-        "tokens": round(tokens),
-        "load": share.tolist(),
-        "top1": (sums[e : 2 * e] / tokens).tolist(),
-        "chosen": (sums[2 * e : 3 * e] / tokens).tolist(),
-        "entropy": sums[-2].item() / tokens,
-        "effective_experts": torch.special.entr(share).sum().exp().item(),
-        "chosen_per_token": sums[2 * e : 3 * e].sum().item() / tokens,
-    }
+    def __init__(self, routers: list[Router], sink: Sink) -> None:
+        self.routers, self.sink = list(dict.fromkeys(routers)), sink
+        self.done: set[Router] = set()  # of this batch: a task gate gives the same to all the layers that share it
+        self.shape = (0, 0)
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Look, for the span of a `with` block."""
+        hooks: list[Any] = []
+        kept = {router: router.statistics for router in self.routers if isinstance(router, TokenRouter)}
+        try:
+            for router in self.routers:
+                if isinstance(router, GroupedRouter):
+                    router.seen = []
+                else:
+                    hooks.append(router.register_forward_hook(self._hook))
+                if isinstance(router, TokenRouter):
+                    router.statistics = None  # of training and its evaluations, which this is no part of
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for router in self.routers:
+                if isinstance(router, GroupedRouter):
+                    router.seen = None
+                elif isinstance(router, TokenRouter):
+                    router.statistics = kept[router]
+
+    @contextmanager
+    def batch(self, rows: int, tokens: int) -> Iterator[None]:
+        """A call of the model with an input (rows, tokens)."""
+        self.shape, self.done = (rows, tokens), set()
+        yield
+        for router in self.routers:
+            if isinstance(router, GroupedRouter):
+                for decision in router.seen or ():
+                    self._give(router, router._combine(decision), decision.groups)
+                router.seen = []
+
+    def _hook(self, router: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        if isinstance(router, TaskRouter):
+            if router not in self.done:
+                self.done.add(router)
+                self._give(router, output, None)
+        elif isinstance(router, TokenRouter):
+            if router.base_is_empty and router.num_base:  # whose weights are not in the output
+                output = router.inference_select(router.gate(args[0]))
+            else:
+                output = output[..., router.num_shared :]
+            self._give(router, output, None)
+
+    def _give(self, router: Router, weights: torch.Tensor, groups: torch.Tensor | None) -> None:
+        self.sink(router, self._as_rows(weights), None if groups is None else self._as_rows(groups))
+
+    def _as_rows(self, weights: torch.Tensor) -> torch.Tensor:
+        """(..., E) as (n or 1, s or 1, E)."""
+        n, s = self.shape
+        flat = weights.float().reshape(-1, weights.shape[-1])
+        if len(flat) == n * s:
+            return flat.view(n, s, -1)
+        if len(flat) in (1, n):
+            return flat.unsqueeze(1)
+        raise ValueError(
+            f"A router gave weights of shape {tuple(weights.shape)} in a call of {n} rows of {s} tokens, so that it "
+            "cannot be told which token is which; leave the layer out with exclude_modules."
+        )

@@ -1,39 +1,84 @@
-"""How alike experts are: the cosine of their updates, without making them.
+"""How alike the experts of a layer are: the cosine between what they add to its weight.
 
-Shapes: E experts · R ranks in all · in, out features
+Shapes: E experts · R sum of their ranks
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+from ..bank import ExpertBank
 
 
 @torch.no_grad()
-def similarity(a: torch.Tensor, b: torch.Tensor, ranks: list[int]) -> torch.Tensor:
-    """The cosines (E, E) of the experts' updates B_i A_i as vectors of in · out numbers, in float64.
+def similarity(banks: Sequence[ExpertBank]) -> torch.Tensor:
+    """Cosine similarity of the experts' updates `B_i A_i`, (E, E) in float64 on the CPU.
 
-    `<B_i A_i, B_j A_j> = Σ (B_iᵀ B_j) ∘ (A_i A_jᵀ)`, which takes products of (R, R) instead of (out, in). An expert
-    that changes nothing, such as one whose B is still zero or one of rank 0, has 0 with all, itself too.
+    `<B_i A_i, B_j A_j> = Σ (B_iᵀ B_j) ⊙ (A_i A_jᵀ)` is computed in rank space; no (out, in) matrix is formed.
 
     Args:
-        a: (R, in).
-        b: (out, R).
-        ranks: r_i of each expert, which add up to R.
+        banks: a layer's bank; or those of several layers that have the same experts, whose updates are then taken as
+            one long vector.
+
+    An expert whose update is zero, such as a new one or one of rank 0, has similarity 0 with all, also with itself.
 
     Raises:
-        ValueError: they do not.
+        ValueError: no bank, or banks of different numbers of experts.
 
     Example:
-        >>> similarity(bank.lora_A.weight, bank.lora_B.weight, list(bank.ranks))
+        >>> similarity([layer.bank("default")])
     """
-    if sum(ranks) != a.shape[0] or a.shape[0] != b.shape[1]:
-        raise ValueError(f"ranks={ranks} add up to {sum(ranks)}, and A is {tuple(a.shape)}, B {tuple(b.shape)}.")
-    a, b = a.double(), b.double()
-    products = (b.T @ b) * (a @ a.T)
-    owner = torch.arange(len(ranks), device=a.device).repeat_interleave(torch.tensor(ranks, device=a.device))
-    inner = torch.zeros(len(ranks), len(ranks), dtype=a.dtype, device=a.device)
-    rows = torch.zeros(len(ranks), a.shape[0], dtype=a.dtype, device=a.device).index_add_(0, owner, products)
-    inner.index_add_(1, owner, rows)
-    length = inner.diagonal().clamp_min(0).sqrt()
-    scale = length.outer(length)
-    return torch.where(scale > 0, inner / scale.where(scale > 0, 1), 0).clamp(-1, 1)
+    counts = sorted({len(bank.ranks) for bank in banks})
+    if len(counts) != 1:
+        raise ValueError(f"Banks of {counts} experts cannot be compared; give at least one, all of the same experts.")
+    inner = sum(_inner(bank).double().cpu() for bank in banks)
+    assert isinstance(inner, torch.Tensor)
+    norm = inner.diagonal().clamp_min(0).sqrt()
+    there = norm > 0
+    norm = norm.where(there, torch.ones_like(norm))
+    cosine = (inner / norm.unsqueeze(0) / norm.unsqueeze(1)).clamp(-1, 1)
+    cosine = (cosine + cosine.T) / 2
+    cosine.fill_diagonal_(1.0)  # which rounding would miss
+    return cosine * there.unsqueeze(0) * there.unsqueeze(1)
+
+
+def mean_cosine(cosine: torch.Tensor) -> float | None:
+    """The mean over pairs of different experts that add something; None if there is no pair.
+
+    Args:
+        cosine: (E, E), as from `similarity`.
+    """
+    pairs = _pairs(cosine)
+    return pairs.mean().item() if len(pairs) else None
+
+
+def largest_cosine(cosine: torch.Tensor) -> float | None:
+    """The same for the two that are most alike."""
+    pairs = _pairs(cosine)
+    return pairs.max().item() if len(pairs) else None
+
+
+def _pairs(cosine: torch.Tensor) -> torch.Tensor:
+    there = cosine.diagonal() != 0
+    cosine = cosine[there][:, there]
+    i, j = torch.triu_indices(len(cosine), len(cosine), offset=1)
+    return cosine[i, j]
+
+
+def _inner(bank: ExpertBank) -> torch.Tensor:
+    """(E, E) inner products of the scaled updates."""
+    bank.check_weights()
+    a, b = bank.lora_A.weight, bank.lora_B.weight
+    wide = torch.promote_types(a.dtype, torch.float32)
+    with torch.autocast(a.device.type, enabled=False):
+        a, b, spread = a.to(wide), b.to(wide), bank.spread.to(wide)
+        # each factor is brought to a size near 1, so that squares of small numbers do not vanish
+        size = torch.stack([a.abs().amax() if a.numel() else a.sum(), b.abs().amax() if b.numel() else b.sum()])
+        size = size.where(size > 0, torch.ones_like(size))
+        a, b = a / size[0], b / size[1]
+        inner = spread @ ((b.T @ b) * (a @ a.T)) @ spread.T
+    if not torch.isfinite(inner).all():
+        raise ValueError("Experts have weights that are NaN or infinite; load an earlier checkpoint.")
+    return inner.double() * (size[0].double() * size[1].double()).square() if a.device.type != "mps" else inner
