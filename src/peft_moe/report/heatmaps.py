@@ -109,8 +109,9 @@ def _layers(routing: Mapping[str, Any]) -> list[Layer]:
 def _draw_layers(layers: Sequence[Layer], of: str) -> Figure:
     """A panel for each module, with its blocks as rows; one for all where layers are few, or modules too many."""
     panels: dict[str, list[Layer]] = {}
+    several = _several_stacks(layers)
     for layer in layers:
-        panels.setdefault(_module_of(layer) if layer.get("block") is not None else "", []).append(layer)
+        panels.setdefault(_module_of(layer, several) if layer.get("block") is not None else "", []).append(layer)
     by_module = len(layers) > FEW and 1 < len(panels) <= FEW and "" not in panels
     if not by_module:
         panels = {"": list(layers)}
@@ -124,7 +125,9 @@ def _draw_layers(layers: Sequence[Layer], of: str) -> Figure:
     rows = math.ceil(len(panels) / columns)
     height = max(2.2, min(6.5, 0.26 * max(map(len, panels.values()))))
     width = max(2.6, min(9.0, 0.32 * wide)) + (0 if by_module else 2.0)
-    figure, axes = new_figure(rows, columns, width, height, f"Where the weight goes: load of each expert by layer, {of}")
+    figure, axes = new_figure(
+        rows, columns, width, height, f"Where the weight goes: load of each expert by layer, {of}"
+    )
     for axis, (name, part) in zip(axes, panels.items(), strict=False):
         grid = np.full((len(part), wide), np.nan)
         for row, layer in enumerate(part):
@@ -148,7 +151,9 @@ def _draw_tasks(layers: Sequence[Layer], tasks: Sequence[str], of: str) -> Figur
     depths = _by_depth(part)
     shown = tasks[: FEW - 1] if len(depths) > 1 else []
     by_depth = [
-        np.stack([_mean([layer["tasks"][task] for layer in group if task in layer["tasks"]]) for group in depths.values()])
+        np.stack(
+            [_mean([layer["tasks"][task] for layer in group if task in layer["tasks"]]) for group in depths.values()]
+        )
         for task in shown
     ]
     top = max(2 * even, *(_finite_max(values) for values in [grid, *by_depth]))
@@ -205,7 +210,9 @@ def _draw_depth(layers: Sequence[Layer], of: str) -> Figure:
 
     def lines(axis: Any, value: Callable[[Layer], float], text: str, colour: str, style: str = "-") -> None:
         values = [[value(layer) for layer in group] for group in depths.values()]
-        axis.plot(x, [_finite_mean(group) for group in values], style, color=colour, marker="o", markersize=3, label=text)
+        axis.plot(
+            x, [_finite_mean(group) for group in values], style, color=colour, marker="o", markersize=3, label=text
+        )
         if style == "-" and any(len(group) > 1 for group in values):
             spread = [(i, v) for i, group in enumerate(values) for v in group]
             axis.scatter(*zip(*spread, strict=True), s=5, color=colour, alpha=0.3, linewidths=0)
@@ -234,7 +241,9 @@ def _draw_depth(layers: Sequence[Layer], of: str) -> Figure:
         axis.set_ylim(bottom=0, top=1.22 * max(axis.get_ylim()[1], 1e-6))
         thinned(axis.xaxis, names, most=8)
         if axis.get_visible():
-            axis.legend(fontsize=7, loc="upper right", ncols=2 if axis is not load else 3, handlelength=1.2, columnspacing=0.8)
+            axis.legend(
+                fontsize=7, loc="upper right", ncols=2 if axis is not load else 3, handlelength=1.2, columnspacing=0.8
+            )
     return figure
 
 
@@ -247,8 +256,13 @@ def _draw_similarity(layers: Sequence[Layer], of: str) -> Figure | None:
     grid = np.abs(every).mean(0)
     apart = ~np.eye(e, dtype=bool)
     depths = _by_depth(part)
-    largest = [max(_finite_max(np.abs(np.asarray(layer["similarity"], float)[apart])) for layer in g) for g in depths.values()]
-    middle = [_finite_mean([np.abs(np.asarray(layer["similarity"], float)[apart]).mean() for layer in g]) for g in depths.values()]
+    largest = [
+        max(_finite_max(np.abs(np.asarray(layer["similarity"], float)[apart])) for layer in g) for g in depths.values()
+    ]
+    middle = [
+        _finite_mean([np.abs(np.asarray(layer["similarity"], float)[apart]).mean() for layer in g])
+        for g in depths.values()
+    ]
     width = max(4.0, min(7.0, 0.4 * e))
     figure, axes = new_figure(1, 2, width, max(3.4, 0.8 * width), f"Are experts copies of each other? {of}{note}")
     experts = part[0]["experts"]
@@ -288,7 +302,7 @@ def _mean(entries: Sequence[Mapping[str, Any]]) -> np.ndarray:
 def _by_depth(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
     """Layers by block, in the order of the model; those without a number by name."""
     found: dict[str, list[Layer]] = {}
-    several = len({_stack_of(layer) for layer in layers if layer.get("block") is not None}) > 1
+    several = _several_stacks(layers)
     for layer in layers:
         if layer.get("block") is None:
             name = _name(layer)
@@ -303,8 +317,13 @@ def _stack_of(layer: Layer) -> str:
     return str(layer.get("name", "")).split(f".{layer.get('block')}")[0]
 
 
-def _module_of(layer: Layer) -> str:
-    return f"{_stack_of(layer)} … {layer.get('module') or 'block'}"
+def _several_stacks(layers: Sequence[Layer]) -> bool:
+    return len({_stack_of(layer) for layer in layers if layer.get("block") is not None}) > 1
+
+
+def _module_of(layer: Layer, several: bool) -> str:
+    module = str(layer.get("module") or "block")
+    return f"{_stack_of(layer)} … {module}" if several else module
 
 
 def _name(layer: Layer) -> str:

@@ -51,7 +51,7 @@ def new_figure(rows: int, columns: int, width: float, height: float, title: str)
     figure: Figure = figure_module.Figure(figsize=size, dpi=DPI, layout="constrained")
     _optional("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    figure.suptitle(label(title, int(size[0] * 11)), fontsize=11, **PLAIN)
+    figure.suptitle(label(title, int(size[0] * 12)), fontsize=10, **PLAIN)
     return figure, axes
 
 
