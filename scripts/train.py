@@ -158,8 +158,8 @@ class AdapterArguments:
     log_routing: Literal["no", "summary", "layers"] = field(
         default="summary",
         metadata={
-            "help": "What to log of the routers; layers has every expert of every layer. Unless no, each evaluation also "
-            "prints a line about them."
+            "help": "What to log of the routers; layers has every expert of every layer. Unless no, evaluations also "
+            "print a line about them."
         },
     )
     routing_images: bool | None = field(

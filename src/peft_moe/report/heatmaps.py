@@ -8,19 +8,29 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .by_layer import (
+    Layer,
+    alike,
+    by_depth,
+    effective_experts,
+    finite_max,
+    finite_mean,
+    mean_load,
+    module_of,
+    name_of,
+    of_task,
+    several_stacks,
+)
 from .panels import Panel, even_text, heat, label, new_figure, thinned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Layer = Mapping[str, Any]
 
 FEW = 16  # layers that share one panel, each with its name; panels of one figure
 SHARE = "share of the weight"
@@ -101,7 +111,8 @@ def _layers(routing: Mapping[str, Any]) -> list[Layer]:
     for i, layer in enumerate(layers):
         if not len(layer["load"]) == len(layer["experts"]) > 0:
             raise ValueError(
-                f"layers[{i}] has {len(layer['experts'])} experts and {len(layer['load'])} loads; make the report again."
+                f"layers[{i}] has {len(layer['experts'])} experts and {len(layer['load'])} loads; make the report "
+                "again."
             )
     return list(layers)
 
@@ -109,9 +120,9 @@ def _layers(routing: Mapping[str, Any]) -> list[Layer]:
 def _draw_layers(layers: Sequence[Layer], of: str) -> Figure:
     """A panel for each module, with its blocks as rows; one for all where layers are few, or modules too many."""
     panels: dict[str, list[Layer]] = {}
-    several = _several_stacks(layers)
+    several = several_stacks(layers)
     for layer in layers:
-        panels.setdefault(_module_of(layer, several) if layer.get("block") is not None else "", []).append(layer)
+        panels.setdefault(module_of(layer, several) if layer.get("block") is not None else "", []).append(layer)
     by_module = len(layers) > FEW and 1 < len(panels) <= FEW and "" not in panels
     if not by_module:
         panels = {"": list(layers)}
@@ -119,7 +130,7 @@ def _draw_layers(layers: Sequence[Layer], of: str) -> Figure:
     even = 1 / len(layers[0]["load"]) if same else 1.0
     unit = SHARE if same else "load / even share"
     # colours mean the same in all panels
-    top = max(_finite_max(layer["load"]) * (1 if same else len(layer["load"])) for layer in layers)
+    top = max(finite_max(layer["load"]) * (1 if same else len(layer["load"])) for layer in layers)
     wide = max(len(layer["load"]) for layer in layers)
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -133,7 +144,7 @@ def _draw_layers(layers: Sequence[Layer], of: str) -> Figure:
         for row, layer in enumerate(part):
             grid[row, : len(layer["load"])] = np.asarray(layer["load"], float) * (1 if same else len(layer["load"]))
         blocks = by_module or (len(part) > FEW and all(layer.get("block") is not None for layer in part))
-        names = [str(layer["block"]) if blocks else _name(layer) for layer in part]
+        names = [str(layer["block"]) if blocks else name_of(layer) for layer in part]
         experts = max((layer["experts"] for layer in part), key=len)
         panel = Panel(title=name, x="expert", y="block" if blocks else "layer", columns=experts, rows=names)
         image = heat(axis, grid, panel, top=max(top, 2 * even), size=(width, height))
@@ -142,21 +153,16 @@ def _draw_layers(layers: Sequence[Layer], of: str) -> Figure:
 
 
 def _draw_tasks(layers: Sequence[Layer], tasks: Sequence[str], of: str) -> Figure | None:
-    part, note = _alike([layer for layer in layers if layer.get("tasks")], len(layers))
+    part, note = alike([layer for layer in layers if layer.get("tasks")], len(layers))
     tasks = [task for task in tasks if any(task in layer["tasks"] for layer in part)]
     if not tasks:
         return None
     experts, even = part[0]["experts"], 1 / len(part[0]["experts"])
-    grid = np.stack([_mean([layer["tasks"][task] for layer in part if task in layer["tasks"]]) for task in tasks])
-    depths = _by_depth(part)
+    grid = np.stack([of_task(part, task) for task in tasks])
+    depths = by_depth(part)
     shown = tasks[: FEW - 1] if len(depths) > 1 else []
-    by_depth = [
-        np.stack(
-            [_mean([layer["tasks"][task] for layer in group if task in layer["tasks"]]) for group in depths.values()]
-        )
-        for task in shown
-    ]
-    top = max(2 * even, *(_finite_max(values) for values in [grid, *by_depth]))
+    in_depth = [np.stack([of_task(group, task) for group in depths.values()]) for task in shown]
+    top = max(2 * even, *(finite_max(values) for values in [grid, *in_depth]))
     columns = min(4, 1 + len(shown))
     rows = math.ceil((1 + len(shown)) / columns)
     width = max(2.8, min(7.0, 0.32 * len(experts)))
@@ -165,7 +171,7 @@ def _draw_tasks(layers: Sequence[Layer], tasks: Sequence[str], of: str) -> Figur
     figure, axes = new_figure(rows, columns, width, height, title)
     panel = Panel(title="all layers", x="expert", y="task", columns=experts, rows=tasks)
     image = heat(axes[0], grid, panel, top=top, size=(width, height))
-    for axis, task, values in zip(axes[1:], shown, by_depth, strict=False):
+    for axis, task, values in zip(axes[1:], shown, in_depth, strict=False):
         panel = Panel(title=f"task {task}", x="expert", y="block", columns=experts, rows=list(depths))
         heat(axis, values, panel, top=top, size=(width, height))
     even_text(figure, image, axes, SHARE, even)
@@ -173,11 +179,11 @@ def _draw_tasks(layers: Sequence[Layer], tasks: Sequence[str], of: str) -> Figur
 
 
 def _draw_groups(layers: Sequence[Layer], groups: Sequence[str], of: str) -> Figure | None:
-    part, note = _alike([layer for layer in layers if layer.get("group_load") and layer.get("group_of")], len(layers))
+    part, note = alike([layer for layer in layers if layer.get("group_load") and layer.get("group_of")], len(layers))
     if not groups or not part:
         return None
     experts, group_of = part[0]["experts"], part[0]["group_of"]
-    load, rows = _mean(part), [*groups, *(["general"] if -1 in group_of else [])]
+    load, rows = mean_load(part), [*groups, *(["general"] if -1 in group_of else [])]
     # a row for each group, the general expert's last; experts stand where they do in the list
     grid = np.full((len(rows), len(experts)), np.nan)
     for column, group in enumerate(group_of):
@@ -190,12 +196,12 @@ def _draw_groups(layers: Sequence[Layer], groups: Sequence[str], of: str) -> Fig
     size = (width, height)
     even = 1 / len(experts)
     panel = Panel(title="experts by group, mean over layers", x="expert", y="group", columns=experts, rows=rows)
-    image = heat(axes[0], grid, panel, top=max(2 * even, _finite_max(grid)), size=size, numbers=True)
+    image = heat(axes[0], grid, panel, top=max(2 * even, finite_max(grid)), size=size, numbers=True)
     even_text(figure, image, axes[:1], SHARE, even)
-    names = [str(layer["block"]) if layer.get("block") is not None else _name(layer) for layer in part]
+    names = [str(layer["block"]) if layer.get("block") is not None else name_of(layer) for layer in part]
     panel = Panel(title="groups by block, without the general expert", x="group", y="block", columns=groups, rows=names)
     even = 1 / len(groups)
-    top = min(1.0, max(2 * even, _finite_max(by_block)))
+    top = min(1.0, max(2 * even, finite_max(by_block)))
     image = heat(axes[1], by_block, panel, top=top, size=size, numbers=True)
     even_text(figure, image, axes[1:], "weight in the mixture", even)
     return figure
@@ -203,7 +209,7 @@ def _draw_groups(layers: Sequence[Layer], groups: Sequence[str], of: str) -> Fig
 
 def _draw_depth(layers: Sequence[Layer], of: str) -> Figure:
     """Lines over blocks, means over the layers of a block; with points for layers where a block has several."""
-    depths = _by_depth(layers)
+    depths = by_depth(layers)
     x = np.arange(len(depths))
     figure, axes = new_figure(1, 3, 4.2, 3.0, f"Load and entropy by depth, {of}")
     load, effective, entropy = axes
@@ -211,26 +217,26 @@ def _draw_depth(layers: Sequence[Layer], of: str) -> Figure:
     def lines(axis: Any, value: Callable[[Layer], float], text: str, colour: str, style: str = "-") -> None:
         values = [[value(layer) for layer in group] for group in depths.values()]
         axis.plot(
-            x, [_finite_mean(group) for group in values], style, color=colour, marker="o", markersize=3, label=text
+            x, [finite_mean(group) for group in values], style, color=colour, marker="o", markersize=3, label=text
         )
         if style == "-" and any(len(group) > 1 for group in values):
             spread = [(i, v) for i, group in enumerate(values) for v in group]
             axis.scatter(*zip(*spread, strict=True), s=5, color=colour, alpha=0.3, linewidths=0)
 
-    lines(load, lambda layer: _finite_max(layer["load"]), "largest of a layer", "C0")
-    lines(load, lambda layer: -_finite_max([-v for v in layer["load"]], low=-1.0), "smallest of a layer", "C1")
+    lines(load, lambda layer: finite_max(layer["load"]), "largest of a layer", "C0")
+    lines(load, lambda layer: -finite_max([-v for v in layer["load"]], low=-1.0), "smallest of a layer", "C1")
     lines(load, lambda layer: 1 / len(layer["load"]), "even share", "0.4", ":")
-    lines(effective, lambda layer: _effective(layer["load"]), "in effect: exp(entropy of load)", "C2")
+    lines(effective, lambda layer: effective_experts(layer["load"]), "in effect: exp(entropy of load)", "C2")
     lines(effective, lambda layer: float(len(layer["load"])), "all there are", "0.4", ":")
     there = [layer for layer in layers if layer.get("entropy") is not None]
     if there:
-        depths = _by_depth(there)
+        depths = by_depth(there)
         x = np.arange(len(depths))
         lines(entropy, lambda layer: float(layer["entropy"]), "of a token's weights", "C3")
         lines(entropy, lambda layer: math.log(len(layer["load"])), "even weights", "0.4", ":")
     else:
         entropy.set_visible(False)
-    names = list(_by_depth(layers))
+    names = list(by_depth(layers))
     for axis, title, unit in [
         (load, "largest and smallest load", SHARE), (effective, "experts in effect", "experts"),
         (entropy, "how undecided a token is", "entropy in nats"),
@@ -248,19 +254,19 @@ def _draw_depth(layers: Sequence[Layer], of: str) -> Figure:
 
 
 def _draw_similarity(layers: Sequence[Layer], of: str) -> Figure | None:
-    part, note = _alike([layer for layer in layers if layer.get("similarity")], len(layers))
+    part, note = alike([layer for layer in layers if layer.get("similarity")], len(layers))
     e = len(part[0]["experts"]) if part else 0
     if e < 2:
         return None
     every = np.asarray([layer["similarity"] for layer in part], float)  # (L, E, E)
     grid = np.abs(every).mean(0)
     apart = ~np.eye(e, dtype=bool)
-    depths = _by_depth(part)
+    depths = by_depth(part)
     largest = [
-        max(_finite_max(np.abs(np.asarray(layer["similarity"], float)[apart])) for layer in g) for g in depths.values()
+        max(finite_max(np.abs(np.asarray(layer["similarity"], float)[apart])) for layer in g) for g in depths.values()
     ]
     middle = [
-        _finite_mean([np.abs(np.asarray(layer["similarity"], float)[apart]).mean() for layer in g])
+        finite_mean([np.abs(np.asarray(layer["similarity"], float)[apart]).mean() for layer in g])
         for g in depths.values()
     ]
     width = max(4.0, min(7.0, 0.4 * e))
@@ -278,68 +284,3 @@ def _draw_similarity(layers: Sequence[Layer], of: str) -> Figure | None:
     axes[1].legend(fontsize=7)
     thinned(axes[1].xaxis, list(depths), most=8)
     return figure
-
-
-def _alike(layers: Sequence[Layer], total: int) -> tuple[list[Layer], str]:
-    """The layers with the most frequent list of experts, and what a title says if these are not all."""
-    if not layers:
-        return [], ""
-    (experts, count), *_ = Counter(tuple(layer["experts"]) for layer in layers).most_common()
-    note = "" if count == total else f" ({count} of {total} layers: those with these {len(experts)} experts)"
-    return [layer for layer in layers if tuple(layer["experts"]) == experts], note
-
-
-def _mean(entries: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """(E,): mean load, each entry weighing as its tokens, or all alike where these are not known."""
-    tokens = [entry.get("tokens") for entry in entries]
-    known = all(isinstance(n, (int, float)) and n >= 0 for n in tokens) and sum(n or 0 for n in tokens) > 0
-    weights = np.asarray([float(n or 0) if known else 1.0 for n in tokens])
-    if not entries:
-        return np.asarray(np.nan)
-    return np.average([entry["load"] for entry in entries], axis=0, weights=weights)
-
-
-def _by_depth(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
-    """Layers by block, in the order of the model; those without a number by name."""
-    found: dict[str, list[Layer]] = {}
-    several = _several_stacks(layers)
-    for layer in layers:
-        if layer.get("block") is None:
-            name = _name(layer)
-        else:
-            name = f"{_stack_of(layer)} {layer['block']}" if several else str(layer["block"])
-        found.setdefault(name, []).append(layer)
-    return found
-
-
-def _stack_of(layer: Layer) -> str:
-    """What precedes the number of a block: encoder and decoder both have a block 0."""
-    return str(layer.get("name", "")).split(f".{layer.get('block')}")[0]
-
-
-def _several_stacks(layers: Sequence[Layer]) -> bool:
-    return len({_stack_of(layer) for layer in layers if layer.get("block") is not None}) > 1
-
-
-def _module_of(layer: Layer, several: bool) -> str:
-    module = str(layer.get("module") or "block")
-    return f"{_stack_of(layer)} … {module}" if several else module
-
-
-def _name(layer: Layer) -> str:
-    return str(layer.get("name", "?"))
-
-
-def _effective(load: Sequence[float]) -> float:
-    share = np.asarray([value for value in load if value > 0], float)
-    return float(np.exp(-(share * np.log(share)).sum()))
-
-
-def _finite_max(values: Any, low: float = 0.0) -> float:
-    values = np.asarray(values, float)
-    return float(np.max(values[np.isfinite(values)], initial=low))
-
-
-def _finite_mean(values: Sequence[float]) -> float:
-    there = [value for value in values if math.isfinite(value)]
-    return sum(there) / len(there) if there else math.nan

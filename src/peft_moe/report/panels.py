@@ -98,14 +98,9 @@ def thinned(axis: Axis, names: Sequence[str], *, most: int) -> None:
     """Name an axis's positions, or every second, third … where there are more than `most`."""
     step = max(1, -(-len(names) // max(most, 1)))
     shown = [label(name, 28) for name in names[::step]]
-    turned = axis.axis_name == "x" and max(map(len, shown), default=0) > 3
-    axis.set_ticks(
-        range(0, len(names), step),
-        labels=shown,
-        fontsize=7,
-        **({"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if turned else {}),
-        **PLAIN,
-    )
+    turned = axis is axis.axes.xaxis and max(map(len, shown), default=0) > 3
+    options: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if turned else {}
+    axis.set_ticks(range(0, len(names), step), labels=shown, fontsize=7, **options, **PLAIN)
 
 
 def label(name: object, most: int) -> str:
