@@ -14,11 +14,15 @@ function weightsOf(sample, layer) {
   return tokenView.decoded.get(key);
 }
 
-// The expert with the largest weight; the first of equal ones.
-function strongest(weights, token) {
-  let best = 0;
-  for (let e = 1; e < weights.width; e++) if (weights.at(token, e) > weights.at(token, best)) best = e;
-  return best;
+// The experts that tokens are given between: not a general one, which would have the largest part of every token.
+function competing({experts, group_of: groups}) {
+  const all = experts.map((_, e) => e), grouped = groups ? all.filter(e => groups[e] >= 0) : [];
+  return grouped.length ? grouped : all;
+}
+
+// Of these experts, the one with the largest weight; the first of equal ones.
+function strongest(weights, token, of) {
+  return of.reduce((best, e) => weights.at(token, e) > weights.at(token, best) ? e : best);
 }
 
 // What white space and nothing look like when they are a token.
@@ -110,20 +114,25 @@ function tokenSays(token) {
 function paintTokens() {
   const {sample, layer} = tokenView, {experts} = routing.layers[layer], weights = weightsOf(sample, layer);
   const alone = experts.indexOf(tokenView.alone), tops = samples[sample].tokens.map(() => 0);
+  const between = competing(routing.layers[layer]), whole = between.length === experts.length;
   let before = null;
   for (const item of byId("token-text").querySelectorAll(".token")) {
-    const token = Number(item.dataset.item), top = strongest(weights, token), shown = alone < 0 ? top : alone;
+    const token = Number(item.dataset.item), top = strongest(weights, token, between), shown = alone < 0 ? top : alone;
     tops[token] = top;
     item.dataset.expert = visible(experts[top]).slice(0, 300);
     item.classList.toggle("change", top !== before);
     before = top;
-    const weight = weights.at(token, shown), strength = alone < 0 ? 0.15 + 0.85 * weight : weight;
+    const weight = weights.at(token, shown), all = whole ? 1 : sum(between.map(e => weights.at(token, e))) || 1;
+    const strength = alone < 0 ? 0.15 + 0.85 * weight / all : weight;
     item.style.backgroundColor = `rgb(var(--e${expertKind(experts[shown])}) / ${strength.toFixed(3)})`;
     const text = samples[sample].tokens[token].trim() || "white space";
     item.setAttribute("aria-label", visible(`${text}, ${expertName(experts[top])} ${percent(weights.at(token, top))}`));
   }
-  byId("token-note").textContent = weights.rows === 1 && tops.length > 1
-    ? "In this layer all tokens of the row have the same weights: the router decides for the row, not for a token." : "";
+  byId("token-note").textContent = [
+    weights.rows === 1 && tops.length > 1
+      ? "In this layer all tokens of the row have the same weights: the router decides for the row, not for a token." : "",
+    whole ? "" : "The colour is that of an expert in a group; the general expert, which every token has, is left out of it.",
+  ].filter(Boolean).join(" ");
   tokenLegend(experts, tops, weights);
   traceToken();
 }
