@@ -14,6 +14,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import make_model
 from tiny_text import make_tokenizer, write_data
+from train import main
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from peft_moe import routing_images
@@ -211,3 +212,25 @@ def test_models_without_routers_are_refused(tmp_path):
     trainer.model = stock
     with pytest.raises(ValueError, match=r"is for adapters of peft_moe, and the trainer's model is a PeftModel.*LoraM"):
         RoutingImages(trainer)
+
+
+@pytest.mark.parametrize(
+    ("flags", "lines", "images"),
+    [
+        ([], 2, True),
+        (["--routing_images", "false"], 2, False),
+        (["--log_routing", "no"], 0, False),
+        (["--log_routing", "no", "--routing_images", "true"], 0, True),
+    ],
+)
+def test_train_py_shows_routing_as_its_flags_say(tmp_path, flags, lines, images, capsys, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    make_model("llama").save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    arguments = f"--model_name_or_path {tmp_path}/base --dataset {write_data(tmp_path / 'data')} --eval_split dev --r 4"
+    arguments += " --num_experts 2 --max_new_tokens 1 --max_steps 2 --eval_strategy steps --eval_steps 1"
+    arguments += f" --output_dir {tmp_path}/out"
+    main([*arguments.split(), "--report_to", "tensorboard", "--use_cpu", "true", "--disable_tqdm", "true", *flags])
+    assert len(lines_of(capsys.readouterr().out)) == lines
+    events = EventAccumulator(str(tmp_path / "events"), size_guidance={"images": 0}).Reload()
+    assert bool(events.Tags()["images"]) == images
