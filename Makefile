@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BENCH_OUT ?= runs/bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow conformance bench quality style
+.PHONY: help demo test test-slow conformance bench docs quality style
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -26,6 +26,9 @@ bench: $(VENV)/.test-stamp  ## time and memory beside stock LoRA, for hours; BEN
 	@$(BIN)/python scripts/get_model.py
 	@set -e; for part in layer scaling model; do $(BIN)/python scripts/bench/$$part.py --output $(BENCH_OUT)/$$part.json $(BENCH_ARGS); done
 	@$(BIN)/python scripts/bench/pictures.py $(BENCH_OUT)
+
+docs: $(VENV)/.docs-stamp  ## the site, into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(DOCS_ARGS)
 
 quality: $(VENV)/.quality-stamp  ## lint, format and types, as CI checks them
 	$(BIN)/ruff check .

@@ -1,7 +1,10 @@
 """scripts/bench/ as `make bench` runs it, on tiny sizes: every step of every script, and its pictures."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import layer
 import model
@@ -21,6 +24,8 @@ def run(monkeypatch, tmp_path, capsys):
 
     def call(script, *arguments):
         monkeypatch.setattr(timing, "SHORTEST", 1)  # ms: no time here is read
+        for setting in timing.KEEP_MEMORY.items():  # as if started again already
+            monkeypatch.setenv(*setting)
         name = script.__name__
         path = tmp_path / f"{name}.json"
         monkeypatch.setattr(sys, "argv", [f"{name}.py", "--output", str(path), *FAST, *arguments])
@@ -96,3 +101,16 @@ def test_without_anything_to_draw_pictures_says_who_writes_it(tmp_path, monkeypa
     with pytest.raises(SystemExit):
         draw(tmp_path, monkeypatch)
     assert "`make bench` writes them" in capsys.readouterr().err
+
+
+def test_a_benchmark_starts_itself_again_with_what_it_was_given(tmp_path):
+    code = "import os, sys, timing; timing.keep_memory(); print(sys.argv[1:], os.environ['MALLOC_MMAP_MAX_'])"
+    (tmp_path / "program.py").write_text(code)
+    found = subprocess.run(
+        [sys.executable, tmp_path / "program.py", "--rounds", "5"],
+        env=os.environ | {"PYTHONPATH": str(Path(timing.__file__).parent), "MALLOC_MMAP_MAX_": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.split("\n")[0] == "['--rounds', '5'] 0"

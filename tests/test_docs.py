@@ -15,6 +15,7 @@ import torch
 import yaml
 from datasets import Dataset
 from helpers import logits
+from pages import PAGES, name_of
 from peft import get_peft_model
 from tiny_models import make_inputs, make_model
 from tiny_text import make_tokenizer
@@ -25,7 +26,6 @@ from peft_moe import GroupedMoeConfig, MedMoeLoraConfig, MoeConfig, MoeLoraConfi
 from peft_moe.losses import BALANCE_LOSSES, Routed
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 METHODS = {
     "moelora.md": MoeLoraConfig,
     "molora.md": MoLoraConfig,
@@ -48,19 +48,19 @@ def test_the_readme_s_python_runs_as_shown(smollm2, tmp_path):
     assert (tmp_path / "triage-lora" / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_within_the_repository_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_name_files_that_exist(page):
     for path in re.findall(r"\b(?:scripts|recipes)/[\w/]+\.(?:py|yaml)\b", page.read_text()):
         assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_to_a_section_name_a_heading(page):
     for target, section in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", page.read_text()):
         there = (page.parent / target) if target else page
@@ -68,7 +68,7 @@ def test_links_to_a_section_name_a_heading(page):
         assert section in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], section
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_python_in_the_pages_is_python_and_imports_what_exists(page):
     for code in blocks(page, "python"):
         for line in compile(code, page.name, "exec", flags=ast.PyCF_ONLY_AST).body:

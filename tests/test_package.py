@@ -96,7 +96,7 @@ def test_importing_loads_no_package_that_peft_has_not_loaded_already():
         "import sys, peft\n"
         "already = set(sys.modules)\n"
         "import peft_moe, peft_moe.cli\n"
-        "for command in [], ['fold'], ['compose']:\n"
+        "for command in [], ['fold'], ['compose'], ['inspect'], ['report'], ['check'], ['check', 'uniform']:\n"
         "    try:\n"
         "        peft_moe.cli.main([*command, '--help'])\n"
         "    except SystemExit:\n"

@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=list(DTYPES))
     parser.add_argument("--steps", choices=STEPS, nargs="+", default=STEPS)
     arguments = parser.parse_args()
+    keep_memory()
     torch.set_num_threads(arguments.threads)
     rows = []
     for shape in arguments.shape:
@@ -196,5 +197,4 @@ def print_saved(row: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    keep_memory()
     main()

@@ -26,6 +26,7 @@ LABELS = {
     "molora_k2_r64": "MoLoRA, N=8 K=2 r=64",
     "molora_n32": "MoLoRA, N=32 K=2 r=16",
     "medmoelora": "Med-MoE-LoRA",
+    "medmoelora_unbalanced": "Med-MoE-LoRA without its balance loss",
     "at_moe": "AT-MoE, 8 frozen r=16 + general",
     "at_moe_prompt": "AT-MoE, routed per prompt",
     "recording": "MoLoRA while it is recorded",
@@ -98,9 +99,10 @@ def config_of(method: str, base: Callable[[], nn.Module], targets: Targets, **ch
         return MoeLoraConfig(**{"r": 64, "lora_alpha": 128, "num_experts": 8, "tasks": 8} | shared)
     if method.startswith("at_moe"):
         return _grouped(method, base, **shared)
-    if method == "medmoelora":
+    if method.startswith("medmoelora"):
+        unbalanced = {"balance_loss": "none"} if "unbalanced" in method else {}
         uniform = {} if targets == "all-linear" else {"expert_schedule": "uniform"}  # bare layers are no deep model
-        return MedMoeLoraConfig(**uniform | shared)
+        return MedMoeLoraConfig(**uniform | unbalanced | shared)
     of_molora = {"molora_k1_r64": (8, 1, 64), "molora_k2_r64": (8, 2, 64), "molora_n32": (32, 2, 16)}
     n, k, r = of_molora.get(method, (8, 2, 16))
     with quiet():

@@ -2,7 +2,7 @@
 
     python scripts/bench/model.py --output runs/bench/model.json
     python scripts/bench/model.py --method molora --dtype fp32 --steps train decode_1
-    python scripts/bench/model.py --method recording --rounds 13
+    python scripts/bench/model.py --method recording medmoelora_unbalanced --rounds 13
 
 Steps: train is forward and backward (no optimiser, which is the same for all) of 4 × 256 tokens; prefill reads the
 same without gradients; decode_1 and decode_8 are a forward of one more token for each of 1 and 8 rows, with 128 in the
@@ -13,8 +13,9 @@ model.
 
 For moelora, rows have different tasks, in moelora_one_task the same; molora and medmoelora are as their papers have
 them; at_moe is 8 frozen experts of rank 16 in 3 groups and a general one, routed per token, and at_moe_prompt the same
-per prompt; recording, which runs only by its name, is molora while its routing is recorded, against molora; lora
-is a second stock LoRA, of rank 128, against the first: how far from 1 a ratio is for no reason.
+per prompt; lora is a second stock LoRA, of rank 128, against the first: how far from 1 a ratio is for no reason. Two
+run only by their names: recording is molora while its routing is recorded, against molora; medmoelora_unbalanced is
+medmoelora without its balance loss.
 
 --dtype: fp32; bf16, base and adapter; bf16_fp32, the adapter in float32, which is peft's default.
 """
@@ -36,6 +37,7 @@ from transformers.utils.logging import disable_progress_bar
 
 ROOT = Path(__file__).parents[2]
 METHODS = ["moelora", "moelora_one_task", "molora", "medmoelora", "at_moe", "at_moe_prompt", "lora"]
+BY_NAME = ["recording", "medmoelora_unbalanced"]
 STEPS = ["train", "memory", "prefill", "decode_1", "decode_8", "generate_1", "generate_8"]
 TARGETS = "all-linear"
 MIB = 2**20
@@ -46,13 +48,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, ROOT / "runs" / "bench" / "model.json", rounds=7)
     parser.add_argument("--model", default=str(ROOT / "models" / "SmolLM2-135M-Instruct"))
-    parser.add_argument("--method", choices=[*METHODS, "recording"], nargs="+", default=METHODS)
+    parser.add_argument("--method", choices=[*METHODS, *BY_NAME], nargs="+", default=METHODS)
     parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=["fp32", "bf16_fp32"])
     parser.add_argument("--steps", choices=STEPS, nargs="+", default=STEPS)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=16, help="that generate makes")
     arguments = parser.parse_args()
+    keep_memory()
     torch.set_num_threads(arguments.threads)
     disable_progress_bar()
     rows = []
@@ -191,5 +194,4 @@ def line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    keep_memory()
     main()

@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=2, default=(576, 1536), metavar=("IN", "OUT"))
     parser.add_argument("--factors", type=int, nargs="+", choices=FACTORS, default=FACTORS)
     arguments = parser.parse_args()
+    keep_memory()
     torch.set_num_threads(arguments.threads)
     rows = []
     for axis in arguments.axis:
@@ -93,5 +94,4 @@ def line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    keep_memory()
     main()

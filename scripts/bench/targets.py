@@ -37,7 +37,11 @@ def target_of(subject: str, method: str, dtype: str, step: str) -> float | None:
     """
     half = dtype != "fp32"
     if subject == "model":
-        return MODEL[step][half] if step in MODEL and method not in ("recording", "lora") else None
+        return (
+            MODEL[step][half]
+            if step in MODEL and method not in ("recording", "lora", "medmoelora_unbalanced")
+            else None
+        )
     if method not in LAYER or step not in ("train", "memory"):
         return None
     return LAYER[method][2 if step == "memory" else int(half)]

@@ -73,7 +73,7 @@ class MoeConfig(SavedConfig):
 
     Raises:
         ValueError: a value out of range or fields that contradict each other; the message has the value, the rule and a
-        remedy.
+            remedy.
     """
 
     alpha_by_rank: ClassVar[bool] = False  # whether lora_alpha may be None, for one that follows each expert's rank

@@ -289,7 +289,7 @@ class MoeLinear(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: no task was chosen, or weights depend on the input and were not calibrated; with `safe_merge`,
-            also a merged weight that is not finite. The weight is then as before.
+                also a merged weight that is not finite. The weight is then as before.
         """
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.moelora_bank:

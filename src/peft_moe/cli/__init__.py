@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import compose, fold, report
+from . import check, compose, fold, inspect, report
 
-COMMANDS = (fold, compose, report)
+COMMANDS = (fold, compose, inspect, check, report)
 
 
 def main(argv: list[str] | None = None) -> int:

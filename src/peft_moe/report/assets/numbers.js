@@ -1,0 +1,65 @@
+// The data, what is chosen of it, and numbers of a layer. `routing` is routing.json, `samples` are rows token by token.
+
+const routing = JSON.parse(byId("routing-data").textContent);
+const samples = JSON.parse(byId("sample-data").textContent);
+
+// Two stacks of blocks, an encoder and a decoder, have modules of the same names: what comes before the number of the
+// block tells them apart.
+const stackOf = ({name, block}) => block === null ? "" : name.slice(0, Math.max(0, `${name}.`.indexOf(`.${block}.`)));
+if (new Set(routing.layers.filter(({block}) => block !== null).map(stackOf)).size > 1) {
+  for (const layer of routing.layers) layer.module = [stackOf(layer), layer.module].filter(Boolean).join(": ");
+}
+
+const filters = {task: null, module: null, block: null};  // null is all
+
+// Experts by name, in the order of the layer that has most of them: the same name has the same colour everywhere.
+const expertNames = [...new Set(
+  [...routing.layers].sort((a, b) => b.experts.length - a.experts.length).flatMap(layer => layer.experts))];
+const expertKind = name => expertNames.indexOf(name);
+const expertName = name => /^\d+$/.test(name) ? `expert ${name}` : name;
+const moduleNames = [...new Set(routing.layers.map(layer => layer.module))];
+const moduleName = name => name === "" ? "whole block" : name;
+const blocksOf = layers => [...new Set(layers.map(({block}) => block))].sort((a, b) => a - b);
+const blocks = blocksOf(routing.layers.filter(({block}) => block !== null));
+
+// ---- numbers of a layer, of all rows or of the task that is chosen
+const ofOneTask = () => filters.task !== null;
+// A task may have any name, that of a property of all objects too.
+const taskOf = (layer, task) => layer.tasks && Object.hasOwn(layer.tasks, task) ? layer.tasks[task] : null;
+const partOf = layer => ofOneTask() ? taskOf(layer, filters.task) : layer;
+const loadOf = (layer, name) => {
+  const part = partOf(layer), e = layer.experts.indexOf(name);
+  return part && e >= 0 ? part.load[e] : null;
+};
+const entropyOf = load => -sum(load.filter(share => share > 0).map(share => share * Math.log(share)));
+const effective = layer => {
+  if (!ofOneTask()) return layer.effective_experts;
+  return partOf(layer) ? Math.exp(entropyOf(partOf(layer).load)) : null;
+};
+// The share of weight that would have to move for one load to become the other.
+const apart = (a, b) => sum(a.map((share, e) => Math.abs(share - b[e]))) / 2;
+const taskApart = (layer, task) => taskOf(layer, task) ? apart(taskOf(layer, task).load, layer.load) : null;
+const groupLoad = (layer, g) => {
+  const part = partOf(layer);
+  if (!part || !layer.group_of) return null;
+  if (g >= 0 && !ofOneTask() && layer.group_load) return layer.group_load[g];
+  return sum(part.load.filter((_, e) => layer.group_of[e] === g));
+};
+const meanApart = layer => mean(routing.tasks.map(task => taskApart(layer, task)).filter(isNumber));
+// The mean load of an expert in the layers that have it; part(layer) is where a layer's load is.
+const meanLoad = (layers, name, part) => mean(layers.filter(layer => layer.experts.includes(name) && part(layer))
+  .map(layer => part(layer).load[layer.experts.indexOf(name)]));
+const namesIn = layers => expertNames.filter(name => layers.some(layer => layer.experts.includes(name)));
+// Of all pairs of experts the one with the largest cosine: [cosine, expert, expert]; null where nothing is known.
+function closest(layer) {
+  let best = null;
+  (layer.similarity ?? []).forEach((row, a) => row.slice(0, a).forEach((cosine, b) => {
+    if (isNumber(cosine) && (best === null || cosine > best[0])) best = [cosine, b, a];
+  }));
+  return best;
+}
+
+function shownLayers() {
+  return routing.layers.filter(layer => (filters.module === null || layer.module === filters.module)
+    && (filters.block === null || layer.block === filters.block));
+}

@@ -1,0 +1,242 @@
+// What each part of the page shows of the layers that fit the filters.
+
+const columnsOf = names => names.map(name => ({text: name, full: expertName(name)}));
+const ofTask = () => ofOneTask() ? ` of ${short(filters.task, 40)}` : "";
+const ofCell = (head, label, share) => ({head, rows: [[label, percent(share), share]]});  // a tip with one share
+const scaleOf = (id, nth = 0) => byId(id).querySelectorAll(".scale")[nth];
+const inPercent = names => names.length <= 16 ? value => (100 * value).toFixed(0) : null;  // written into the cells
+
+// A map for each module: how `things` are in each of its layers, value(layer, index of the thing).
+function mapsByModule(box, layers, label, things, high, value, say) {
+  const modules = moduleNames.map(module => layers.filter(layer => layer.module === module)).filter(({length}) => length);
+  const across = sideways(things), title = moduleNames.length > 1 || moduleNames[0] !== "";
+  widen(box, across ? largest(modules.map(({length}) => length)) : things.length, across);
+  box.replaceChildren(...modules.map(found => {
+    const name = moduleName(found[0].module);
+    return facet(title ? name : "", depthMap({label: `${label}, ${name}`, layers: found, things, high, value, say}));
+  }));
+}
+
+function renderHeader() {
+  const {adapter, method, base_model: base, rows, tokens, tasks, layers} = routing;
+  document.title = `Routing of ${short(adapter, 80)}`;
+  byId("adapter").append(make("bdi", {}, visible(adapter)));
+  const widths = [...new Set(layers.map(layer => layer.experts.length))].sort((a, b) => a - b);
+  const facts = [
+    ["Method", method], ["Base model", base], ["Rows", count(rows, "row")], ["Tokens", count(tokens, "token")],
+    ["Tasks", tasks.length ? count(tasks.length, "task") : "none"], ["Routed layers", count(layers.length, "layer")],
+    ["Experts in a layer", widths.length > 1 ? `${widths[0]} to ${widths[widths.length - 1]}` : widths[0] ?? "none"],
+  ];
+  byId("facts").append(...facts.map(([name, value]) =>
+    make("div", {}, make("dt", {}, name), make("dd", {}, make("bdi", {}, String(value || "unknown"))))));
+}
+
+const LEVELS = {good: ["✓", "Good"], note: ["i", "Note"], bad: ["✕", "Bad"]};
+
+function renderSummary() {
+  const order = ["bad", "note", "good"];
+  const found = [...(routing.findings ?? [])].sort((a, b) => order.indexOf(a.level) - order.indexOf(b.level));
+  byId("findings").append(...found.map(({level: given, title, text, where}) => {
+    const level = Object.hasOwn(LEVELS, given) ? given : "note", [sign, word] = LEVELS[level];
+    const places = where && where.length ? make("details", {}, make("summary", {}, `Where: ${count(where.length, "place")}`),
+      make("ul", {}, where.map(name => make("li", {}, name)))) : null;
+    return make("li", {class: `finding ${level}`},
+      make("p", {class: "level"}, make("span", {"aria-hidden": "true"}, sign), word),
+      make("div", {}, make("h3", {}, short(title, 200)), make("p", {}, short(text, 2000)), places));
+  }));
+  byId("figures").append(...keyFigures().filter(([, value]) => isNumber(value)).map(([name, value, format]) =>
+    make("div", {}, make("dt", {}, name), make("dd", {}, format(value)))));
+}
+
+function keyFigures() {
+  const {layers} = routing, pairs = layers.map(closest).filter(Boolean).map(([cosine]) => cosine);
+  const experts = decimals(mean(layers.map(layer => layer.experts.length)), 1).replace(/\.0$/, "");
+  return [
+    ["Experts in use, mean of layers", mean(layers.map(effective)), value => `${decimals(value, 1)} of ${experts}`],
+    ["Experts per token", mean(layers.map(layer => layer.chosen_per_token)), value => decimals(value, 1)],
+    ["Largest load of an expert", layers.length ? largest(layers.map(layer => layer.load)) : null, percent],
+    ["Most alike pair, cosine", pairs.length ? largest(pairs, -1) : null, value => decimals(value)],
+  ];
+}
+
+function renderFilters() {
+  const field = (name, label, all, values, text, fewest = 2) => values.length < fewest ? null
+    : chooser(`filter-${name}`, label, [["", all], ...values.map((value, i) => [i, text(value)])], "", chosen => {
+      filters[name] = chosen === "" ? null : values[chosen];
+      render();
+    });
+  const fields = [
+    field("task", "Task", "All tasks", routing.tasks, task => task, 1),
+    field("module", "Module", "All modules", moduleNames, moduleName),
+    field("block", "Block", "All blocks", blocks, block => `Block ${block}`),
+  ].filter(Boolean);
+  byId("filters").append(...fields, make("p", {id: "shown", role: "status"}));
+  byId("filters").addEventListener("submit", event => event.preventDefault());
+  byId("filters").hidden = !fields.length;
+}
+
+function renderLayers(layers) {
+  const high = largest(layers.map(partOf).filter(Boolean).map(({load}) => load)) || 1, names = namesIn(layers);
+  const even = 1 / largest(layers.map(layer => layer.experts.length), 1);
+  byId("layers-note").textContent = `Load: the share of a layer's weight${ofTask()} that goes to an expert. `
+    + "The experts of a layer add up to 100%.";
+  showScale(scaleOf("layers"), 0, high, percent, [[even, "even share"]]);
+  mapsByModule(byId("layer-maps"), layers, "Load of experts by layer", columnsOf(names), high,
+    (layer, e) => loadOf(layer, names[e]), (layer, e) => loadSays(layer, names[e]));
+}
+
+function loadSays(layer, name) {
+  const e = layer.experts.indexOf(name), load = loadOf(layer, name), head = `${layer.name}, ${expertName(name)}`;
+  if (e < 0) return {head, rows: [["", "no such expert in this layer"]]};
+  if (load === null) return {head, rows: [["", `no token${ofTask()} came here`]]};
+  const rows = [[`load${ofTask()}`, percent(load), load], ["times an even share", decimals(load * layer.experts.length)]];
+  if (!ofOneTask()) {
+    rows.push(["weighed most by", `${percent(layer.top1[e])} of tokens`], ["given weight by", `${percent(layer.chosen[e])} of tokens`]);
+  }
+  return {head, rows: [...rows, ["rank", String(layer.ranks[e])]]};
+}
+
+function renderTasks(layers) {
+  const tasks = routing.tasks.filter(task => !ofOneTask() || task === filters.task);
+  byId("tasks").hidden = !routing.tasks.length;
+  if (!routing.tasks.length) return;
+  taskChooser(layers, tasks);
+  const far = largest(layers.map(layer => tasks.map(task => taskApart(layer, task)))) || 1;
+  showScale(scaleOf("tasks", 1), 0, far, percent);
+  mapsByModule(byId("apart-maps"), layers, "How far tasks part by layer", tasks.map(task => ({text: task})), far,
+    (layer, t) => taskApart(layer, tasks[t]),
+    (layer, t) => ofCell(`${layer.name}, ${tasks[t]}`, "apart from all tasks", taskApart(layer, tasks[t])));
+}
+
+// Experts of one number in two layers have nothing to do with each other, so a mean of layers would hide what a single
+// layer does: the map starts with the layer where tasks part most. AT-MoE's experts are the same in all layers.
+function taskChooser(layers, tasks) {
+  const most = layers.reduce((best, layer) => best === null || meanApart(layer) > meanApart(best) ? layer : best, null);
+  const start = routing.groups || layers.length < 2 ? "" : layers.indexOf(most);
+  const options = layers.map((layer, i) => [i, layer.name + (layer === most ? " (tasks part most)" : "")]);
+  const show = value => {
+    const chosen = value === "" ? layers : [layers[value]];
+    byId("tasks-note").textContent = "The share of a task's weight that goes to an expert, in percent. A task adds up to 100."
+      + (chosen.length > 1 && !routing.groups
+        ? " Experts of one number in two layers are different experts, so that a mean of layers says little." : "");
+    showTaskMap(chosen, tasks);
+  };
+  byId("task-controls").replaceChildren(...(layers.length < 2 ? [] : [
+    chooser("task-layer", "Layer", [["", `Mean of ${count(layers.length, "layer")}`], ...options], start, show)]));
+  show(start);
+}
+
+function showTaskMap(layers, tasks) {
+  const names = namesIn(layers), loads = tasks.map(task => names.map(name => meanLoad(layers, name, layer => taskOf(layer, task))));
+  const high = largest(loads) || 1;
+  showScale(scaleOf("tasks"), 0, high, percent);
+  byId("task-map").replaceChildren(heatMap({
+    label: "Load of experts by task", rows: tasks.map(task => ({text: task})), columns: columnsOf(names), high,
+    numbers: inPercent(names), value: (r, c) => loads[r][c],
+    say: (r, c) => ofCell(`${tasks[r]}, ${expertName(names[c])}`, "load", loads[r][c])}));
+}
+
+function renderGroups(layers) {
+  const grouped = layers.filter(layer => layer.group_of), names = namesIn(grouped);
+  byId("groups").hidden = !routing.groups;
+  if (!routing.groups) return;
+  // The general expert is in no group, and has a row of its own.
+  const general = grouped.some(layer => layer.group_of.includes(-1));
+  const groups = [...routing.groups.map((name, g) => [g, name]), ...(general ? [[-1, "no group"]] : [])];
+  const things = groups.map(([, name]) => ({text: name}));
+  const inGroup = (name, g) => grouped.some(layer => layer.group_of[layer.experts.indexOf(name)] === g);
+  const loads = groups.map(([g]) => names.map(name => inGroup(name, g) ? meanLoad(grouped, name, partOf) : null));
+  const high = largest(loads) || 1, most = largest(grouped.map(layer => groups.map(([g]) => groupLoad(layer, g)))) || 1;
+  byId("groups-note").textContent = `The share of all weight${ofTask()} that goes to each expert of a group, in percent: `
+    + `the mean of ${count(grouped.length, "layer")}.`;
+  showScale(scaleOf("groups"), 0, high, percent);
+  byId("group-map").replaceChildren(heatMap({
+    label: "Load of experts by group", rows: things, columns: columnsOf(names), high, numbers: inPercent(names),
+    value: (r, c) => loads[r][c],
+    say: (r, c) => {
+      const head = `${groups[r][1]}, ${expertName(names[c])}`;
+      return loads[r][c] === null ? {head, rows: [["", "not in this group"]]} : ofCell(head, "load", loads[r][c]);
+    }}));
+  showScale(scaleOf("groups", 1), 0, most, percent);
+  mapsByModule(byId("group-depth"), grouped, "Load of groups by layer", things, most,
+    (layer, g) => groupLoad(layer, groups[g][0]),
+    (layer, g) => ofCell(`${layer.name}, ${groups[g][1]}`, `load${ofTask()}`, groupLoad(layer, groups[g][0])));
+}
+
+// What is drawn by depth: {title, value(layer), format, axis, high}; no `high` is the largest value.
+function depthFigures(layers) {
+  const most = largest(layers.map(layer => layer.experts.length), 2), one = value => decimals(value, 1), two = value => decimals(value);
+  const figures = [
+    {title: "Experts in use", value: effective, format: one, high: most},
+    {title: "Entropy of a token's weights, nats", value: layer => partOf(layer)?.entropy, format: two, high: Math.log(most)},
+    {title: "Largest load of an expert", value: layer => partOf(layer) ? largest(partOf(layer).load) : null,
+      format: percent, axis: wholePercent, high: 1},
+  ];
+  if (routing.tasks.length > 1) {
+    figures.push({title: "How far tasks part, mean", value: meanApart, format: percent, axis: wholePercent});
+  }
+  if (layers.some(closest)) {
+    figures.push({title: "Most alike pair of experts, cosine", value: layer => closest(layer)?.[0], format: two, high: 1});
+  }
+  return layers.length ? figures : [];
+}
+
+function renderDepth(layers) {
+  byId("depth").hidden = routing.layers.length < 2;
+  // Lines need a place on the axis: the block, or, if a name has none, the layer.
+  const numbered = layers.every(({block}) => block !== null), xName = numbered ? "Block" : "Layer";
+  const places = numbered ? blocksOf(layers) : layers, xs = places.map(place => numbered ? String(place) : place.name);
+  const modules = numbered ? moduleNames.filter(name => layers.some(({module}) => module === name)) : [""];
+  const layerAt = (place, module) => numbered ? layers.find(layer => layer.block === place && layer.module === module) : place;
+  const lines = modules.map(module => ({
+    name: modules.length > 1 ? moduleName(module) : "", line: Math.max(0, moduleNames.indexOf(module)),
+    layers: places.map(place => layerAt(place, module))}));
+  byId("depth-charts").replaceChildren(...depthFigures(layers).map(({title, value, format, axis, high}) => {
+    const series = lines.map(line => ({...line, points: line.layers.map(layer => layer ? value(layer) ?? null : null)}));
+    const top = high ?? (largest(series.map(({points}) => points)) || 1);
+    return lineChart({title, xs, xName, series, format, axis, high: top});
+  }));
+  byId("depth-legend").replaceChildren(...(modules.length > 1 ? lines : []).map(({name, line}) => {
+    const stroke = draw("svg", {viewBox: "0 0 28 10", class: `line dash${line % 4}`, "aria-hidden": "true"}, draw("path", {d: "M1 5H27"}));
+    stroke.style.setProperty("--line", `var(--l${line})`);
+    return make("span", {class: "key"}, stroke, short(name));
+  }));
+}
+
+function renderSimilarity(layers) {
+  const known = layers.filter(layer => layer.similarity), pairs = known.map(closest);
+  byId("similarity").hidden = !routing.layers.some(layer => layer.similarity);
+  for (const id of ["similarity-controls", "similarity-map"]) byId(id).replaceChildren();
+  scaleOf("similarity").hidden = !known.length;
+  byId("similarity-note").textContent = "No layer fits the filters.";
+  if (!known.length) return;
+  const most = pairs.reduce((best, pair, i) => pair && (!pairs[best] || pair[0] > pairs[best][0]) ? i : best, 0);
+  const options = known.map((layer, i) => [i, layer.name + (i === most && known.length > 1 ? " (most alike)" : "")]);
+  const show = i => showSimilarity(known[i], pairs[i]);
+  byId("similarity-controls").append(chooser("similarity-layer", "Layer", options, most, show));
+  showScale(scaleOf("similarity"), 0, 1, value => decimals(value));
+  show(most);
+}
+
+function showSimilarity({name, experts, similarity}, pair) {
+  const columns = columnsOf(experts);
+  byId("similarity-note").textContent = pair === null ? "There is nothing to compare here."
+    : `Most alike here: ${pair.slice(1).map(e => expertName(experts[e])).join(" and ")}, cosine ${decimals(pair[0])}.`;
+  byId("similarity-map").replaceChildren(heatMap({
+    label: `Cosine of experts in ${name}`, rows: columns, columns, high: 1,
+    numbers: experts.length <= 12 ? value => decimals(value) : null, value: (r, c) => similarity[r][c],
+    say: (r, c) => ({head: `${expertName(experts[r])} and ${expertName(experts[c])}`, rows: [["cosine", decimals(similarity[r][c])]]})}));
+}
+
+function renderTable() {
+  if (!byId("table-box").open) return;
+  const columns = ["Layer", "Experts", "Ranks", "Tokens", "In use", "Entropy, nats", "Per token", "Load"];
+  const cells = layer => [
+    layer.experts.length, short(layer.ranks.join(" "), 80), layer.tokens, decimals(layer.effective_experts, 1),
+    decimals(layer.entropy), decimals(layer.chosen_per_token, 1), layer.load.map(percent).join(" "),
+  ];
+  byId("table").replaceChildren(make("table", {class: "plain"},
+    make("thead", {}, make("tr", {}, columns.map(name => make("th", {scope: "col"}, name)))),
+    make("tbody", {}, shownLayers().map(layer => make("tr", {}, make("th", {scope: "row"}, short(layer.name, 80)),
+      cells(layer).map(value => make("td", {}, String(value))))))));
+}
