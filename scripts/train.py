@@ -42,6 +42,7 @@ from peft_moe.card import model_card, tags_of
 from peft_moe.data import TaskInfo, encode, mix, read_examples, read_task_info, take_per_task
 from peft_moe.evaluation import table
 from peft_moe.resume import last_complete_checkpoint
+from peft_moe.routing_images import RoutingImages, routes
 from peft_moe.training import TaskCollator, TaskEvaluation, score_with_trainer
 
 
@@ -155,7 +156,18 @@ class AdapterArguments:
         default=None, metadata={"help": "JSON (in YAML a mapping) of other fields of the method's config."}
     )
     log_routing: Literal["no", "summary", "layers"] = field(
-        default="summary", metadata={"help": "What to log of the routers; layers has every expert of every layer."}
+        default="summary",
+        metadata={
+            "help": "What to log of the routers; layers has every expert of every layer. Unless no, evaluations also "
+            "print a line about them."
+        },
+    )
+    routing_images: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Heat maps of the routers in TensorBoard at each evaluation; default: where report_to has "
+            "tensorboard, matplotlib is installed and log_routing is not no."
+        },
     )
 
     def config(self, tasks: list[str]) -> PeftConfig:
@@ -164,7 +176,7 @@ class AdapterArguments:
         Raises:
             ValueError: an argument that the method does not have.
         """
-        own = {"method", "target_modules", "tasks", "stage1", "adapter_options", "log_routing"}
+        own = {"method", "target_modules", "tasks", "stage1", "adapter_options", "log_routing", "routing_images"}
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
         given = {name: value for name, value in given.items() if value is not None}
         options = read_json("adapter_options", self.adapter_options or "{}")
@@ -226,6 +238,7 @@ def main(argv: list[str]) -> None:
         trainer.add_callback(BalanceScale(trainer))
         if adapter_args.log_routing != "no":
             trainer.add_callback(RoutingCallback(trainer, per_layer=adapter_args.log_routing == "layers"))
+    show_routing(trainer, adapter_args)
 
     metrics = trainer.train(resume_from_checkpoint=checkpoint_to_resume(args)).metrics
     trainer.save_metrics("train", metrics)
@@ -238,6 +251,13 @@ def main(argv: list[str]) -> None:
     if trainer.is_world_process_zero():
         print(table({adapter_args.method: results}) if results else "No eval_split or test_split to score.")
         print(f"The adapter, its card and all_results.json are in {args.output_dir}.")
+
+
+def show_routing(trainer: Trainer, adapter_args: AdapterArguments) -> None:
+    """A line about the routers for each evaluation, and heat maps in TensorBoard, as the arguments say."""
+    line, images = adapter_args.log_routing != "no", adapter_args.routing_images
+    if routes(trainer.model) and (line or images):
+        trainer.add_callback(RoutingImages(trainer, line=line, images=images))
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:

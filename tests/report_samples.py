@@ -133,7 +133,7 @@ def layer_of(w, block, module, names, group_of, task_of, tasks, groups):
         "entropy": entropy(w).mean().item(),
         "effective_experts": math.exp(entropy(load).item()),
         "chosen_per_token": (w > 0).sum(-1).double().mean().item(),
-        "group_load": groups and [load[torch.tensor(group_of) == g].sum().item() for g in range(len(groups))],
+        "group_load": groups and [among(load, torch.tensor(group_of), g) for g in range(len(groups))],
         "tasks": {
             task: {
                 "tokens": int((task_of == i).sum()),
@@ -143,6 +143,11 @@ def layer_of(w, block, module, names, group_of, task_of, tasks, groups):
             for i, task in enumerate(tasks)
         },
     }  # fmt: skip
+
+
+def among(load, group_of, g):
+    """The weight of a group without the general expert."""
+    return (load[group_of == g].sum() / load[group_of >= 0].sum()).item()
 
 
 def cosines(experts, generator, copies):

@@ -130,6 +130,8 @@ ORDER = [
     {"metrics", "reading", "arguments", "data"},
     {"report"},
     {"callbacks", "evaluation", "rollouts", "training", "card"},
+    {"routing_evaluated"},
+    {"routing_images"},
     {"cli", "integrations"},
 ]
 

@@ -486,10 +486,11 @@ def test_groups_have_their_experts_and_their_place_in_the_depth(show):
             mean = sum(layer["load"][e] for layer in routing["layers"]) / 5
             assert tip(page)[1] == ({"load": percent(mean)} if of == (g, -1)[g == 2] else {"": "not in this group"})
     cell(page, "group-depth", 1, 3).hover()
-    assert tip(page) == ("model.layers.3, style", {"load": percent(routing["layers"][3]["group_load"][1])})
+    assert tip(page) == ("model.layers.3, style", {"weight": percent(routing["layers"][3]["group_load"][1])})
     choose(page, "filter-task", "icd")
-    cell(page, "group-depth", 2, 3).hover()
-    assert tip(page)[1] == {"load of icd": percent(routing["layers"][3]["tasks"]["icd"]["load"][6])}
+    cell(page, "group-depth", 0, 3).hover()
+    *named, general = routing["layers"][3]["tasks"]["icd"]["load"]
+    assert tip(page)[1] == {"weight of icd": percent(sum(named[:3]) / (1 - general))}
 
 
 def test_charts_by_depth_say_their_numbers(show):

@@ -74,6 +74,7 @@ class RoutingCallback(TrainerCallback):
             )
         self.trainer, self.tuner, self.per_layer = trainer, tuner, per_layer
         self.warned = False
+        self.evaluated: dict[str, dict[str, Any]] = {}  # what the last evaluation had, for callbacks that come later
 
     def on_train_begin(self, *rest: Any, **kwargs: Any) -> None:
         self.tuner.record_routing()
@@ -95,7 +96,9 @@ class RoutingCallback(TrainerCallback):
 
     def log(self, *, training: bool) -> None:
         """Log the routing since the last time, and forget it."""
-        layers = self._read(training)
+        layers = read_recorded(self.tuner, self.trainer.args.device, training=training)
+        if not training:
+            self.evaluated = layers
         if layers:
             self._warn_of_collapse(layers)
             prefix = "routing/" if training else "eval_routing/"
@@ -104,20 +107,6 @@ class RoutingCallback(TrainerCallback):
             wanted = self.trainer.control.should_log
             Trainer.log(self.trainer, {prefix + name: value for name, value in values.items()})
             self.trainer.control.should_log = wanted  # which logging takes back, and the loss is still to be logged
-
-    def _read(self, training: bool) -> dict[str, dict[str, Any]]:
-        """The statistics of all processes, by layer; one exchange and one wait for all layers."""
-        recorded = list(self.tuner.recorded(training))
-        device = self.trainer.args.device
-        sums = [torch.zeros(s.length, device=device) if s.sums is None else s.sums.to(device) for _, s, _ in recorded]
-        total = torch.cat(sums)
-        if PartialState().num_processes > 1:
-            total = reduce(total, reduction="sum")
-        parts = total.cpu().split([s.length for _, s, _ in recorded])
-        for _, statistics, _ in recorded:
-            statistics.sums = None
-        found = {key: s.read(router.num_base, part) for (key, s, router), part in zip(recorded, parts, strict=True)}
-        return {key: values for key, values in found.items() if values}
 
     def _warn_of_collapse(self, layers: dict[str, dict[str, Any]]) -> None:
         collapsed = [key for key, values in layers.items() if is_collapsed(values)]
@@ -131,6 +120,30 @@ class RoutingCallback(TrainerCallback):
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def read_recorded(
+    tuner: TokenRoutedTuner, device: torch.device, *, training: bool, reset: bool = True
+) -> dict[str, dict[str, Any]]:
+    """The statistics of all processes, by layer, as `routing_statistics` gives those of one; all processes call this.
+
+    Args:
+        tuner: records its routing.
+        device: of this process, for the one exchange that there is for all layers.
+        training: calls in training mode, or those outside of it.
+        reset: start from zero.
+    """
+    recorded = list(tuner.recorded(training))
+    sums = [torch.zeros(s.length, device=device) if s.sums is None else s.sums.to(device) for _, s, _ in recorded]
+    total = torch.cat(sums)
+    if PartialState().num_processes > 1:
+        total = reduce(total, reduction="sum")
+    parts = total.cpu().split([s.length for _, s, _ in recorded])
+    if reset:
+        for _, statistics, _ in recorded:
+            statistics.sums = None
+    found = {key: s.read(router.num_base, part) for (key, s, router), part in zip(recorded, parts, strict=True)}
+    return {key: values for key, values in found.items() if values}
 
 
 def _token_routed(trainer: Trainer, who: str) -> TokenRoutedTuner:

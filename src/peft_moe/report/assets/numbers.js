@@ -39,11 +39,14 @@ const effective = layer => {
 // The share of weight that would have to move for one load to become the other.
 const apart = (a, b) => sum(a.map((share, e) => Math.abs(share - b[e]))) / 2;
 const taskApart = (layer, task) => taskOf(layer, task) ? apart(taskOf(layer, task).load, layer.load) : null;
+// The weight of a group among the groups, without the general expert, which is in none.
 const groupLoad = (layer, g) => {
   const part = partOf(layer);
   if (!part || !layer.group_of) return null;
-  if (g >= 0 && !ofOneTask() && layer.group_load) return layer.group_load[g];
-  return sum(part.load.filter((_, e) => layer.group_of[e] === g));
+  if (!ofOneTask() && layer.group_load) return layer.group_load[g];
+  const of = group => sum(part.load.filter((_, e) => group(layer.group_of[e])));
+  const all = of(group => group >= 0);
+  return all > 0 ? of(group => group === g) / all : null;
 };
 const meanApart = layer => mean(routing.tasks.map(task => taskApart(layer, task)).filter(isNumber));
 // The mean load of an expert in the layers that have it; part(layer) is where a layer's load is.

@@ -6,6 +6,8 @@ const ofCell = (head, label, share) => ({head, rows: [[label, percent(share), sh
 const scaleOf = (id, nth = 0) => byId(id).querySelectorAll(".scale")[nth];
 const inPercent = names => names.length <= 16 ? value => (100 * value).toFixed(0) : null;  // written into the cells
 
+const FAR = 0.2;  // tasks that part less than this are not drawn as if they parted much
+
 // A map for each module: how `things` are in each of its layers, value(layer, index of the thing).
 function mapsByModule(box, layers, label, things, high, value, say) {
   const modules = moduleNames.map(module => layers.filter(layer => layer.module === module)).filter(({length}) => length);
@@ -101,7 +103,7 @@ function renderTasks(layers) {
   byId("tasks").hidden = !routing.tasks.length;
   if (!routing.tasks.length) return;
   taskChooser(layers, tasks);
-  const far = largest(layers.map(layer => tasks.map(task => taskApart(layer, task)))) || 1;
+  const far = Math.max(FAR, largest(layers.map(layer => tasks.map(task => taskApart(layer, task)))));
   showScale(scaleOf("tasks", 1), 0, far, percent);
   mapsByModule(byId("apart-maps"), layers, "How far tasks part by layer", tasks.map(task => ({text: task})), far,
     (layer, t) => taskApart(layer, tasks[t]),
@@ -146,7 +148,7 @@ function renderGroups(layers) {
   const things = groups.map(([, name]) => ({text: name}));
   const inGroup = (name, g) => grouped.some(layer => layer.group_of[layer.experts.indexOf(name)] === g);
   const loads = groups.map(([g]) => names.map(name => inGroup(name, g) ? meanLoad(grouped, name, partOf) : null));
-  const high = largest(loads) || 1, most = largest(grouped.map(layer => groups.map(([g]) => groupLoad(layer, g)))) || 1;
+  const high = largest(loads) || 1;
   byId("groups-note").textContent = `The share of all weight${ofTask()} that goes to each expert of a group, in percent: `
     + `the mean of ${count(grouped.length, "layer")}.`;
   showScale(scaleOf("groups"), 0, high, percent);
@@ -157,13 +159,13 @@ function renderGroups(layers) {
       const head = `${groups[r][1]}, ${expertName(names[c])}`;
       return loads[r][c] === null ? {head, rows: [["", "not in this group"]]} : ofCell(head, "load", loads[r][c]);
     }}));
+  const named = routing.groups, most = largest(grouped.map(layer => named.map((_, g) => groupLoad(layer, g)))) || 1;
   showScale(scaleOf("groups", 1), 0, most, percent);
-  mapsByModule(byId("group-depth"), grouped, "Load of groups by layer", things, most,
-    (layer, g) => groupLoad(layer, groups[g][0]),
-    (layer, g) => ofCell(`${layer.name}, ${groups[g][1]}`, `load${ofTask()}`, groupLoad(layer, groups[g][0])));
+  mapsByModule(byId("group-depth"), grouped, "Weight of groups by layer", named.map(name => ({text: name})), most, groupLoad,
+    (layer, g) => ofCell(`${layer.name}, ${named[g]}`, `weight${ofTask()}`, groupLoad(layer, g)));
 }
 
-// What is drawn by depth: {title, value(layer), format, axis, high}; no `high` is the largest value.
+// What is drawn by depth: {title, value(layer), format, axis, high}; no `high` is the largest value, or `least`.
 function depthFigures(layers) {
   const most = largest(layers.map(layer => layer.experts.length), 2), one = value => decimals(value, 1), two = value => decimals(value);
   const figures = [
@@ -173,7 +175,7 @@ function depthFigures(layers) {
       format: percent, axis: wholePercent, high: 1},
   ];
   if (routing.tasks.length > 1) {
-    figures.push({title: "How far tasks part, mean", value: meanApart, format: percent, axis: wholePercent});
+    figures.push({title: "How far tasks part, mean", value: meanApart, format: percent, axis: wholePercent, least: FAR});
   }
   if (layers.some(closest)) {
     figures.push({title: "Most alike pair of experts, cosine", value: layer => closest(layer)?.[0], format: two, high: 1});
@@ -191,9 +193,9 @@ function renderDepth(layers) {
   const lines = modules.map(module => ({
     name: modules.length > 1 ? moduleName(module) : "", line: Math.max(0, moduleNames.indexOf(module)),
     layers: places.map(place => layerAt(place, module))}));
-  byId("depth-charts").replaceChildren(...depthFigures(layers).map(({title, value, format, axis, high}) => {
+  byId("depth-charts").replaceChildren(...depthFigures(layers).map(({title, value, format, axis, high, least = 0}) => {
     const series = lines.map(line => ({...line, points: line.layers.map(layer => layer ? value(layer) ?? null : null)}));
-    const top = high ?? (largest(series.map(({points}) => points)) || 1);
+    const top = high ?? (Math.max(least, largest(series.map(({points}) => points))) || 1);
     return lineChart({title, xs, xName, series, format, axis, high: top});
   }));
   byId("depth-legend").replaceChildren(...(modules.length > 1 ? lines : []).map(({name, line}) => {
