@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from kinds import KINDS, config_of
 from peft import LoraConfig, get_peft_model
 from tiny_models import make_model
 from tiny_text import make_tokenizer, write_data
@@ -56,6 +57,22 @@ def test_a_report_is_written(adapter, data, tmp_path, capsys):
     for finding in routing.findings:
         assert finding["title"] in said
     assert str(out / "index.html") in said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_method_has_a_report(kind, base, data, tmp_path):
+    torch.manual_seed(0)
+    tasks = {"tasks": ["leaf", "size"], "default_task": None} if kind == "moelora" else {}
+    model = get_peft_model(make_model("llama"), config_of(kind, "llama", tmp_path, **tasks))
+    model.save_pretrained(str(tmp_path / kind))
+    words = ["--base-model", str(base), "--data", str(data), "--out", str(tmp_path / "out"), "--rows", "6"]
+    assert main(["report", str(tmp_path / kind), *words]) == 0
+    routing = Routing.read(tmp_path / "out" / "routing.json")
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert all(json.dumps(layer["name"]) in page for layer in routing.layers)
+    pictures = [path.read_bytes()[:4] for path in (tmp_path / "out").glob("*.png")]
+    assert len(pictures) >= 3
+    assert set(pictures) == {b"\x89PNG"}
 
 
 def test_a_report_without_pictures_of_token_routing(base, data, tmp_path, capsys):
