@@ -247,7 +247,8 @@ def test_a_stock_lora_and_what_is_no_adapter_are_told_apart(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_command_shows_it_and_gives_it_as_json(method, tmp_path, capsys):
+def test_the_command_shows_it_and_gives_it_as_json(method, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")  # in fewer, names of modules take two lines
     folder = saved(make_adapter(method, tmp_path), tmp_path / "adapter")
     found = describe(folder)
     assert main(["inspect", str(folder)]) == 0
