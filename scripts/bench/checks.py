@@ -90,6 +90,7 @@ KERNEL_CASES: dict[str, dict[str, Any]] = {
     "weights per token": {"rows": 6},
     "weights per row of two tokens": {"rows": 3},
     "one row of weights for all": {"rows": 1},
+    "one row of weights, put into A": {"rows": 1, "into_a": True},
     "ranks 1, 0, 3": {"rows": 6, "ranks": (1, 0, 3)},
     "router": {"gate": True},
     "router, dropout": {"gate": True, "dropout": 0.5},
@@ -148,6 +149,7 @@ def kernels_case(
     tokens: int = 6,
     ranks: Sequence[int] | None = None,
     rows: int = 0,
+    into_a: bool = False,
     gate: bool = False,
     dropout: float = 0.0,
     base: bool = True,
@@ -162,6 +164,7 @@ def kernels_case(
         tokens: t.
         ranks: of the experts; one expert of rank 4 if there are neither weights nor a gate.
         rows: of weights; 0 for none.
+        into_a: A is multiplied by the row of weights.
         gate: weights are a softmax of its scores.
         dropout: probability.
         base: `project` makes the base layer's output, too; else it is an input.
@@ -190,7 +193,8 @@ def kernels_case(
     def function(*inputs: torch.Tensor) -> torch.Tensor:
         v = values | dict(zip(names, inputs, strict=True))
         own = (v["weight"], v.get("bias")) if base else None
-        made, z, scores = kernels.project(v["x"], v["a"], base=own, gate=v.get("gate"), dropout=drop)
+        each = kernels.each_rank(v.pop("weights"), spread, torch.float64) if into_a else None
+        made, z, scores = kernels.project(v["x"], v["a"], base=own, gate=v.get("gate"), dropout=drop, each=each)
         out = made if made is not None else v["out"] * 1  # a leaf cannot be written to
         weights = v.get("weights") if scores is None else scores.softmax(-1)
         return kernels.add(out, z, v["b"], weights=weights, spread=spread, factor=0.7, writable=writable)
