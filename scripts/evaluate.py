@@ -46,8 +46,12 @@ class EvaluationArguments:
         default="instruction", metadata={"help": "bare: without the instruction, so that only the id tells the task."}
     )
     limit: int | None = field(default=None, metadata={"help": "Score the first rows of each task only."})
-    dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto", metadata={"help": "Type of the base weights."}
+    dtype: Literal["auto", "fastest", "float32", "bfloat16"] = field(
+        default="auto",
+        metadata={
+            "help": "Type of the base weights. auto: the checkpoint's; fastest: bfloat16 where the device computes "
+            "with it, else float32."
+        },
     )
     batch_size: int = field(default=16, metadata={"help": "Rows answered at once."})
     max_new_tokens: int = field(default=48, metadata={"help": "Longest answer, in tokens."})
@@ -98,11 +102,14 @@ def load(args: EvaluationArguments) -> "tuple[PreTrainedModel | PeftModel, PreTr
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import peft_moe  # noqa: F401  # makes its adapters known to peft
+    from peft_moe.dtypes import resolve_dtype
 
     if args.adapter and args.model_name_or_path is None:  # noted in args, which are written beside the scores
         config = PeftConfig.from_pretrained(args.adapter, revision=args.adapter_revision)
         args.model_name_or_path, args.revision = config.base_model_name_or_path, args.revision or config.revision
     base = {"pretrained_model_name_or_path": args.model_name_or_path, "revision": args.revision or "main"}
+    device = PartialState().device
+    args.dtype = resolve_dtype(args.dtype, device)
     model = AutoModelForCausalLM.from_pretrained(**base, dtype=args.dtype)
     if args.adapter is None:
         tokenizer = AutoTokenizer.from_pretrained(**base)
@@ -110,7 +117,7 @@ def load(args: EvaluationArguments) -> "tuple[PreTrainedModel | PeftModel, PreTr
         own = {"pretrained_model_name_or_path": args.adapter, "revision": args.adapter_revision or "main"}
         tokenizer = AutoTokenizer.from_pretrained(**(own if has_tokenizer(args) else base))
         model = PeftModel.from_pretrained(model, args.adapter, revision=args.adapter_revision)
-    return model.to(PartialState().device), tokenizer
+    return model.to(device), tokenizer
 
 
 def has_tokenizer(args: EvaluationArguments) -> bool:

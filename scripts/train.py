@@ -40,6 +40,7 @@ from peft_moe.arguments import parse_arguments
 from peft_moe.callbacks import BalanceScale, RoutingCallback
 from peft_moe.card import model_card, tags_of
 from peft_moe.data import TaskInfo, encode, mix, read_examples, read_task_info, take_per_task
+from peft_moe.dtypes import resolve_dtype
 from peft_moe.evaluation import table
 from peft_moe.resume import last_complete_checkpoint
 from peft_moe.routing_images import RoutingImages, routes
@@ -52,8 +53,12 @@ class ModelArguments:
 
     model_name_or_path: str = field(metadata={"help": "Base model: a Hub id or a folder."})
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the base model."})
-    dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto", metadata={"help": "Type of the base weights; the adapter is float32 in any case."}
+    dtype: Literal["auto", "fastest", "float32", "bfloat16"] = field(
+        default="auto",
+        metadata={
+            "help": "Type of the base weights; the adapter is float32 in any case. auto: the checkpoint's; fastest: "
+            "bfloat16 where the device computes with it, else float32."
+        },
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "Such as sdpa, eager, flash_attention_2."})
 
@@ -223,6 +228,7 @@ def main(argv: list[str]) -> None:
     if adapter_args.method == "at_moe" and not adapter_args.train_experts:
         args.ddp_broadcast_buffers = False  # frozen experts are buffers, the same in all processes
     config = adapter_args.config(adapter_args.tasks or task_names(examples[data_args.train_split], info))
+    model_args.dtype = resolve_dtype(model_args.dtype, args.device)
     model, tokenizer = load_model(model_args, config)
     trainer = build_trainer(args, data_args, model, tokenizer, examples)
     generation = {"batch_size": args.per_device_eval_batch_size, "max_new_tokens": data_args.max_new_tokens}
