@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal
 
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import (
@@ -42,6 +43,7 @@ from peft_moe.card import model_card, tags_of
 from peft_moe.data import TaskInfo, encode, mix, read_examples, read_task_info, take_per_task
 from peft_moe.dtypes import resolve_dtype
 from peft_moe.evaluation import table
+from peft_moe.matched import match_lora
 from peft_moe.resume import last_complete_checkpoint
 from peft_moe.routing_images import RoutingImages, routes
 from peft_moe.training import TaskCollator, TaskEvaluation, score_with_trainer
@@ -104,6 +106,13 @@ class AdapterArguments:
 
     method: Literal["moelora", "molora", "medmoelora", "at_moe", "lora"] = field(
         default="moelora", metadata={"help": "lora: peft's stock LoRA, to compare with."}
+    )
+    match_lora: Literal["parameters", "active"] | None = field(
+        default=None,
+        metadata={
+            "help": "Train the stock LoRA that matches the method instead, to compare with: of as many parameters, or "
+            "of the rank that is at work for a token."
+        },
     )
     target_modules: list[str] | None = field(
         default=None,
@@ -181,7 +190,16 @@ class AdapterArguments:
         Raises:
             ValueError: an argument that the method does not have.
         """
-        own = {"method", "target_modules", "tasks", "stage1", "adapter_options", "log_routing", "routing_images"}
+        own = {
+            "method",
+            "match_lora",
+            "target_modules",
+            "tasks",
+            "stage1",
+            "adapter_options",
+            "log_routing",
+            "routing_images",
+        }
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
         given = {name: value for name, value in given.items() if value is not None}
         options = read_json("adapter_options", self.adapter_options or "{}")
@@ -189,6 +207,11 @@ class AdapterArguments:
             raise ValueError(f"--adapter_options={self.adapter_options!r} holds no names; write a mapping of fields.")
         given |= options
         config_cls = METHODS[self.method]
+        if self.match_lora and config_cls is LoraConfig:
+            raise ValueError(
+                f"--match_lora {self.match_lora} trains the LoRA that matches a method with experts, and --method lora "
+                "is none; give the method to compare with, or leave --match_lora out."
+            )
         known = {f.name for f in fields(config_cls)}
         if foreign := sorted(given.keys() - known):
             raise ValueError(f"--method {self.method} has no {', '.join(foreign)}; leave out what is of other methods.")
@@ -229,7 +252,10 @@ def main(argv: list[str]) -> None:
         args.ddp_broadcast_buffers = False  # frozen experts are buffers, the same in all processes
     config = adapter_args.config(adapter_args.tasks or task_names(examples[data_args.train_split], info))
     model_args.dtype = resolve_dtype(model_args.dtype, args.device)
-    model, tokenizer = load_model(model_args, config)
+    model, tokenizer = load_model(model_args, config, adapter_args.match_lora)
+    config, trained = model.active_peft_config, adapter_args.method
+    if adapter_args.match_lora:
+        trained = f"lora of {trained}'s {adapter_args.match_lora}"
     trainer = build_trainer(args, data_args, model, tokenizer, examples)
     generation = {"batch_size": args.per_device_eval_batch_size, "max_new_tokens": data_args.max_new_tokens}
     scored = not is_sharded(trainer)
@@ -255,7 +281,7 @@ def main(argv: list[str]) -> None:
         trainer.save_metrics(split, {split: results})
     save(trainer, data_args, info, results, split)
     if trainer.is_world_process_zero():
-        print(table({adapter_args.method: results}) if results else "No eval_split or test_split to score.")
+        print(table({trained: results}) if results else "No eval_split or test_split to score.")
         print(f"The adapter, its card and all_results.json are in {args.output_dir}.")
 
 
@@ -324,14 +350,21 @@ def task_names(examples: Dataset, info: dict[str, TaskInfo]) -> list[str]:
     return [name for name in info if name in found] + sorted(found - info.keys())
 
 
-def load_model(model_args: ModelArguments, config: PeftConfig) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """The base model with a new adapter, and its tokenizer."""
+def load_model(
+    model_args: ModelArguments, config: PeftConfig, match: Literal["parameters", "active"] | None = None
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The base model with a new adapter, or with the stock LoRA that matches it, and its tokenizer."""
     source = {"pretrained_model_name_or_path": model_args.model_name_or_path, "revision": model_args.revision}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     base = AutoModelForCausalLM.from_pretrained(**source, **options)
+    if match:
+        found = match_lora(config, base, match)
+        config = found.config
+        if PartialState().is_main_process:
+            print(f"--match_lora {match}: {found}.")
     base.add_model_tags(tags_of(config))  # peft puts these on every card
     return get_peft_model(base, config), tokenizer
 

@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from tiny_models import make_model
 from tiny_text import make_tokenizer, write_data
 from train import METHODS, AdapterArguments, DataArguments, ModelArguments, main
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from peft_moe import MedMoeLoraConfig, MoeLoraConfig, MoLoraConfig
 from peft_moe.arguments import parse_arguments
+from peft_moe.matched import match_lora
 
 ROOT = Path(__file__).parents[1]
 TRAIN = str(ROOT / "scripts" / "train.py")
@@ -230,6 +231,26 @@ def test_other_fields_of_a_config_are_given_as_a_mapping(recipe, tmp_path):
 def test_a_setting_of_another_method_is_refused(recipe):
     with pytest.raises(ValueError, match="--method lora has no num_experts; leave out what is of other methods"):
         main([str(recipe), "--method", "lora"])
+
+
+@pytest.mark.parametrize("match", ["parameters", "active"])
+def test_the_lora_that_matches_a_method_is_trained_instead(recipe, base, tmp_path, capsys, match):
+    main([str(recipe), "--method", "molora", "--match_lora", match])
+    said = capsys.readouterr().out
+    config = MoLoraConfig(task_type="CAUSAL_LM", r=4, num_experts=2, target_modules="all-linear", lora_dropout=0.0)
+    found = match_lora(config, AutoModelForCausalLM.from_pretrained(base), match)
+    assert f"--match_lora {match}: {found}." in said
+    assert f"lora of molora's {match}" in said
+    adapter = tmp_path / "out"
+    assert json.loads((adapter / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert sum(tensor.numel() for tensor in load_file(adapter / WEIGHTS).values()) == found.parameters
+
+
+def test_a_stock_lora_matches_no_method(recipe, tmp_path):
+    flags = ["--method", "lora", "--match_lora", "active", "--num_experts", "2"]
+    with pytest.raises(ValueError, match="--match_lora active trains the LoRA that matches a method with experts"):
+        main([str(recipe), *flags])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_stock_lora_is_trained_in_the_same_way(recipe, base, tmp_path):

@@ -7,6 +7,7 @@ from .config import MoeConfig
 from .fold import fold
 from .grouped import GroupedMoeConfig, GroupedMoeModel, read_expert
 from .hotswap import hotswap_adapter
+from .matched import matched_lora_config
 from .medmoe import MedMoeLoraConfig, MedMoeLoraModel
 from .moelora import MoeLoraConfig, MoeLoraModel
 from .molora import MoLoraConfig, MoLoraModel
@@ -37,5 +38,6 @@ __all__ = [
     "fold",
     "from_loras",
     "hotswap_adapter",
+    "matched_lora_config",
     "read_expert",
 ]
