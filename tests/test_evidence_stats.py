@@ -39,9 +39,9 @@ def test_the_summands_of_any_resample_give_the_metric_of_its_rows(metric, rows):
 def answers_of(examples, seed, right):
     """The true answers, but for a share of rows that have the answer of another row of their task, or half of it."""
     rng = np.random.default_rng(seed)
-    truth = [messages[-1]["content"] for messages in examples["messages"]]
-    of_task = {task: [row for row, name in enumerate(examples["task"]) if name == task] for task in examples["task"]}
-    wrong = [truth[rng.choice(of_task[task])] for task in examples["task"]]
+    truth, tasks = [messages[-1]["content"] for messages in examples["messages"]], list(examples["task"])
+    of_task = {task: [row for row, name in enumerate(tasks) if name == task] for task in set(tasks)}
+    wrong = [truth[rng.choice(of_task[task])] for task in tasks]
     halves = [" ".join(text.split()[: 1 + len(text.split()) // 2]) for text in truth]
     draw = rng.random(len(truth))
     return [
@@ -217,10 +217,11 @@ def test_verdicts_come_from_the_corrected_p_over_inputs_and_seeds():
 @pytest.mark.parametrize("degrees", [5.0, 24.0, 237.0])
 def test_the_detectable_difference_is_found_with_a_probability_of_80_percent(degrees):
     difference = comparison(0, 1, degrees).difference
+    rng = np.random.default_rng(0)
+    z, spread = rng.standard_normal(100_000), (rng.chisquare(degrees, 100_000) / degrees) ** 0.5
     for level in (0.05, 0.005):
-        shift = detectable(difference, level) / difference.standard_error
-        found = scipy_stats.nct.sf(scipy_stats.t.ppf(1 - level / 2, degrees), degrees, shift)
-        assert found == pytest.approx(0.8, abs=0.04)
+        t = (z + detectable(difference, level) / difference.standard_error) / spread
+        assert np.mean(t > scipy_stats.t.ppf(1 - level / 2, degrees)) == pytest.approx(0.8, abs=0.006)
     assert judge({"x": comparison(0, 1), "y": comparison(0, 1)})["x"].detectable_corrected == pytest.approx(
         detectable(comparison(0, 1).difference, 0.025)
     )
@@ -297,7 +298,7 @@ def test_simulated_experiments_are_covered_and_their_null_p_values_are_uniform(s
     if spread == 0:
         assert scipy_stats.kstest(p_inputs, "uniform").pvalue > 0.01
     else:  # why verdicts are not taken from it
-        assert np.mean(np.array(p_inputs) < 0.05) > 0.15
+        assert np.mean(np.array(p_inputs) < 0.05) > 0.1
 
 
 def test_a_system_whose_seeds_differ_much_more_keeps_its_own_variance_and_is_named():

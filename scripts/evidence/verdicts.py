@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 from stats import LEVEL, Comparison, Estimate
 
 POWER = 0.8
@@ -63,8 +63,11 @@ def judge(family: Mapping[str, Comparison]) -> dict[str, Verdict]:
 
 def detectable(difference: Estimate, level: float) -> float:
     """The smallest true difference that a test of this level finds with probability `POWER`."""
-    t = stats.t(difference.degrees)
-    return float((t.ppf(1 - level / 2) + t.ppf(POWER)) * difference.standard_error)
+    critical = stats.t.ppf(1 - level / 2, difference.degrees)
+    shift = optimize.brentq(
+        lambda shift: stats.nct.sf(critical, difference.degrees, shift) - POWER, 0, 5 * critical + 5
+    )
+    return float(shift * difference.standard_error)
 
 
 def _verdict(difference: float, p: float) -> str:
