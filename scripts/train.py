@@ -37,6 +37,7 @@ from peft_moe import (
     MoLoraConfig,
     TokenRoutedConfig,
 )
+from peft_moe.answers import with_answer_logits
 from peft_moe.arguments import parse_arguments
 from peft_moe.callbacks import BalanceScale, RoutingCallback
 from peft_moe.card import model_card, tags_of
@@ -88,6 +89,13 @@ class DataArguments:
     max_length: int = field(default=512, metadata={"help": "Longest row in tokens; longer prompts lose their start."})
     max_rows_per_task: int | None = field(default=None, metadata={"help": "Train on the first rows of each task only."})
     max_new_tokens: int = field(default=48, metadata={"help": "Longest answer generated in evaluation, in tokens."})
+    answer_logits: Literal["auto", "on", "off"] = field(
+        default="auto",
+        metadata={
+            "help": "Compute logits where rows have labels only, which changes nothing but the work; auto: where the "
+            "model can."
+        },
+    )
     card_license: str | None = field(default=None, metadata={"help": "The adapter's licence, such as apache-2.0."})
 
 
@@ -383,11 +391,13 @@ def build_trainer(
         # the test split too: a row that cannot be used shows before training
         encoded = partial(encode, tokenizer=tokenizer, tasks=tasks, max_length=data_args.max_length)
         rows = {split: encoded(part) for split, part in examples.items()}
-    collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=16)
+    collator: Any = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=16)
+    if tasks:
+        collator = TaskCollator(collator, tasks)
     return Trainer(
         model,
         args,
-        data_collator=TaskCollator(collator, tasks) if tasks else collator,
+        data_collator=with_answer_logits(collator, model, args, wanted=data_args.answer_logits),
         train_dataset=rows[data_args.train_split],
         eval_dataset=rows.get(data_args.eval_split),
         processing_class=tokenizer,

@@ -29,6 +29,7 @@ class Fields:
 @dataclass
 class More:
     options: dict[str, int] | str | None = None
+    when: Literal["auto", "on", "off", "no"] = "auto"
     seed: int = field(default=0, metadata={"aliases": ["--random_seed"]})
 
 
@@ -43,6 +44,11 @@ def test_yaml_fills_every_kind_of_field(tmp_path):
     first, second = parse(tmp_path, yaml)
     assert first == Fields(name="a", rank=4, rate=2e-4, kind="two", tasks=["b", "3"], fast=False, start=None)
     assert second == More(options='{"d": 1}', seed=5)
+
+
+@pytest.mark.parametrize(("word", "expected"), [("on", "on"), ("off", "off"), ("'no'", "no"), ("auto", "auto")])
+def test_words_that_yaml_reads_as_booleans_are_choices_where_there_are_such(word, expected, tmp_path):
+    assert parse(tmp_path, f"name: a\nwhen: {word}")[1].when == expected
 
 
 def test_flags_win_over_yaml_which_wins_over_defaults(tmp_path):

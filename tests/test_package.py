@@ -129,7 +129,7 @@ ORDER = [
     {"compose", "fold", "fold_card", "hotswap", "matched"},
     {"metrics", "reading", "arguments", "data"},
     {"report"},
-    {"callbacks", "evaluation", "rollouts", "training", "card"},
+    {"answers", "callbacks", "evaluation", "rollouts", "training", "card"},
     {"routing_evaluated"},
     {"routing_images"},
     {"cli", "integrations"},

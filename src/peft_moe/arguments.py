@@ -56,6 +56,8 @@ def _flags(parser: HfArgumentParser, path: str) -> list[str]:
     for name, value in entries.items():
         if name not in actions:
             parser.error(_unknown(parser, str(name), f"in {path}"))
+        if isinstance(value, bool):
+            value = _word(value, list(actions[name].choices or ()))
         if isinstance(value, list) and actions[name].nargs == "+":
             flags += [f"--{name}", *map(str, value)]
         elif value is None or isinstance(value, list):
@@ -63,6 +65,11 @@ def _flags(parser: HfArgumentParser, path: str) -> list[str]:
         else:
             flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return flags
+
+
+def _word(value: bool, choices: Sequence[Any]) -> Any:
+    """The choice that YAML has read as a boolean, as it does on, off, yes and no without quotes."""
+    return next((word for word in (("on", "yes") if value else ("off", "no")) if word in choices), value)
 
 
 def _unknown(parser: HfArgumentParser, word: str, where: str) -> str:

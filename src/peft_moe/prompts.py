@@ -88,7 +88,7 @@ def _by_labels(tuner: MoeTuner, batch: Batch, labels: Any, shift_labels: Any, *,
     """The batch with what comes before labels marked; all of it where the model makes no text."""
     if not tuner.is_causal:
         return batch
-    if shift_labels is not None:  # the label of each next token
+    if labels is None and shift_labels is not None:  # the label of each next token; beside labels, perhaps of a few
         labels = pad(shift_labels, (1, 0), value=-100)[:, :-1]
     if labels is None:
         if training:
