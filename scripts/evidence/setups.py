@@ -103,7 +103,7 @@ def full() -> Setup:
 def quick() -> Setup:
     """A minute or two to see that every step works; what it measures means nothing."""
     data = "data/medmulti/tiny"
-    few = {"max_rows_per_task": 2, "max_steps": 2, "per_device_train_batch_size": 2, "max_new_tokens": 4}
+    few = {"max_rows_per_task": 2, "max_steps": 2, "per_device_train_batch_size": 1, "max_new_tokens": 4}
     systems = ("base", "lora-r16", "lora-per-task", "moelora", "molora", "medmoelora", "at_moe")
     return Setup(
         "models/SmolLM2-135M-Instruct",
