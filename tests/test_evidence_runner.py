@@ -288,6 +288,16 @@ def test_a_run_leaves_a_record_of_all_that_is_measured_and_no_adapter_unless_oth
         assert [sum(shares) for shares in layer] == pytest.approx([1, 1], abs=1e-3)
 
 
+def test_layers_with_fewer_experts_than_others_have_shares_of_0_for_the_rest(tiny):
+    routing = do_one(tiny, "medmoelora")["routing"]
+    assert sorted(set(routing["counts"])) == [4, 9]  # eq. 2 for two layers: 3 (of 3.5) and 8; and a base expert
+    for count, layer in zip(routing["counts"], routing["layers"], strict=True):
+        for shares in layer:
+            assert len(shares) == routing["experts"] == 9
+            assert sum(shares[:count]) == pytest.approx(1, abs=1e-3)
+            assert not any(shares[count:])
+
+
 def test_an_adapter_for_each_task_answers_its_own_rows_and_at_moe_is_made_of_them(tiny):
     record = do_one(tiny, "lora-per-task")
     check(record)

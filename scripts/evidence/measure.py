@@ -132,19 +132,21 @@ def told_all_tasks(model: Model) -> Iterator[None]:
 def routing(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, run: Run) -> dict[str, Any]:
     """By layer and task, the mean share of each expert over all tokens of the rows.
 
-    Layers can have different numbers of experts; `experts` is the largest. Layers that share one gate are one entry.
+    Layers can have different numbers of experts (`counts`); those that one lacks have share 0, so that all lists are as
+    long as the longest, `experts`. Layers that share one gate are one entry.
     """
     found, _ = collect(model, tokenizer, rows, max_length=run.settings["max_length"], samples=0, progress=False)
-    layers = [[rounded(layer["tasks"][task]["load"]) for task in found.tasks] for layer in found.layers]
-    names = [layer["name"] for layer in found.layers]
+    counts = [len(layer["experts"]) for layer in found.layers]
+    most, names = max(counts), [layer["name"] for layer in found.layers]
+    layers = [[padded(layer["tasks"][task]["load"], most) for task in found.tasks] for layer in found.layers]
     if all(layer == layers[0] for layer in layers):
-        layers, names = layers[:1], ["all layers"]
-    return {"tasks": found.tasks, "experts": max(len(layer[0]) for layer in layers), "names": names, "layers": layers}
+        layers, names, counts = layers[:1], ["all layers"], counts[:1]
+    return {"tasks": found.tasks, "experts": most, "names": names, "counts": counts, "layers": layers}
 
 
-def rounded(values: list[float]) -> list[float]:
-    """To five digits, which keeps files small."""
-    return [round(value, 5) for value in values]
+def padded(values: list[float], length: int) -> list[float]:
+    """To five digits, which keeps files small, with zeros behind."""
+    return [round(value, 5) for value in values] + [0.0] * (length - len(values))
 
 
 def parameters(model: Model) -> dict[str, Any]:
