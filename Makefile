@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BENCH_OUT ?= runs/bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow conformance bench docs quality style
+.PHONY: help demo test test-slow conformance bench evidence docs quality style
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -26,6 +26,10 @@ bench: $(VENV)/.test-stamp  ## time and memory beside stock LoRA, for hours; BEN
 	@$(BIN)/python scripts/get_model.py
 	@set -e; for part in layer scaling model; do $(BIN)/python scripts/bench/$$part.py --output $(BENCH_OUT)/$$part.json $(BENCH_ARGS); done
 	@$(BIN)/python scripts/bench/pictures.py $(BENCH_OUT)
+
+evidence: $(VENV)/.test-stamp  ## the runs of the comparison that are missing, for a night or more; EVIDENCE_ARGS="--hours 8" or --quick
+	@$(BIN)/python scripts/get_model.py
+	@$(BIN)/python scripts/evidence/run.py $(EVIDENCE_ARGS)
 
 docs: $(VENV)/.docs-stamp  ## the site, into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(DOCS_ARGS)

@@ -1,0 +1,57 @@
+"""Rows that are derived from MedMulti: tasks of unequal sizes, and instructions that need two tasks at once."""
+
+import json
+import sys
+from pathlib import Path
+
+from setups import ROOT, Setup
+from store import finish, new_folder
+
+
+def prepare(setup: Setup) -> None:
+    """Make the folders that are not there yet; the same setup makes the same files."""
+    if not Path(setup.unequal_data).exists():
+        make_unequal(Path(setup.data), setup.unequal_data, sizes(setup))
+    if not Path(setup.composite_data).exists():
+        sys.path.append(str(ROOT / "scripts"))  # last: evaluate.py is there, whose name a library has
+        from make_composites import main
+
+        main(["--source", setup.data, "--out", setup.composite_data, *setup.composites])
+
+
+def sizes(setup: Setup) -> dict[str, int]:
+    """How many training rows each task keeps: a geometric row from the largest to the smallest.
+
+    First come the first tasks of all groups, then the second ones and so on, so that groups have large and small ones.
+    """
+    most = max(map(len, setup.groups.values()))
+    order = [tasks[i] for i in range(most) for tasks in setup.groups.values() if i < len(tasks)]
+    largest, smallest = setup.unequal
+    steps = max(1, len(order) - 1)
+    return {task: round(largest * (smallest / largest) ** (i / steps)) for i, task in enumerate(order)}
+
+
+def make_unequal(source: Path, out: str, keep: dict[str, int]) -> None:
+    """Copy a folder of rows, with the first rows of each task only in train.jsonl.
+
+    Raises:
+        ValueError: a task has fewer rows than are to be kept.
+    """
+    rows: dict[str, list[str]] = {}
+    lines = (source / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        rows.setdefault(json.loads(line)["task"], []).append(line)
+    for task, number in keep.items():
+        if len(rows.get(task, ())) < number:
+            raise ValueError(f"{number} rows of {task} are to be kept, and {source} has {len(rows.get(task, ()))}.")
+    kept = {id(line) for task, number in keep.items() for line in rows[task][:number]}
+    folder = new_folder(out)
+    text = "".join(f"{line}\n" for line in lines if id(line) in kept)
+    (folder / "train.jsonl").write_text(text, encoding="utf-8")
+    for name in ("dev.jsonl", "test.jsonl"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    description = json.loads((source / "tasks.json").read_text(encoding="utf-8"))
+    for task, number in keep.items():
+        description["tasks"][task].setdefault("n", {})["train"] = number
+    (folder / "tasks.json").write_text(json.dumps(description, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    finish(folder)
