@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+SOURCE = "models/SmolLM2-135M-Instruct"  # from scripts/get_model.py
 
 # Flags of scripts/train.py for every run. The scores are not made by it, but by measure.py, from the saved adapter.
 COMMON: dict[str, Any] = {
-    "dtype": "bfloat16",  # of the base model; adapters are float32
+    "dtype": "float32",  # the same on every machine; bfloat16 is faster on some CPUs and many times slower on others
     "max_length": 1220,
     "max_new_tokens": 48,
-    "per_device_train_batch_size": 16,
+    "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 32,
-    "num_train_epochs": 2,
+    "num_train_epochs": 1,
     "train_sampling_strategy": "group_by_length",
     "optim": "adamw_torch",
     "weight_decay": 0.0,
@@ -52,6 +53,7 @@ class Setup:
         composites: arguments of scripts/make_composites.py.
         unequal: training rows of the largest and of the smallest task, where tasks have unequal sizes.
         only: patterns of ids to run where the command names none; empty for all.
+        source: folder that the model is made from, without its system prompt; None where the model is there as it is.
     """
 
     model: str
@@ -69,6 +71,7 @@ class Setup:
     composites: tuple[str, ...] = ()
     unequal: tuple[int, int] = (250, 20)
     only: tuple[str, ...] = ()
+    source: str | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -96,19 +99,19 @@ class Setup:
 
 def full() -> Setup:
     """The experiment that the page reports."""
-    data = "data/medmulti/mini"
-    return Setup("models/SmolLM2-135M-Instruct", data, "runs/evidence", read_groups(ROOT / data))
+    data, folder = "data/medmulti/mini", "runs/evidence"
+    return Setup(f"{folder}/model", data, folder, read_groups(ROOT / data), source=SOURCE)
 
 
 def quick() -> Setup:
     """A minute or two to see that every step works; what it measures means nothing."""
-    data = "data/medmulti/tiny"
+    data, folder = "data/medmulti/tiny", "runs/evidence-quick"
     few = {"max_rows_per_task": 2, "max_steps": 2, "per_device_train_batch_size": 1, "max_new_tokens": 4}
     systems = ("base", "lora-r16", "lora-per-task", "moelora", "molora", "medmoelora", "at_moe")
     return Setup(
-        "models/SmolLM2-135M-Instruct",
+        f"{folder}/model",
         data,
-        "runs/evidence-quick",
+        folder,
         read_groups(ROOT / data),
         rates=(1e-3,),
         seeds={"": (1,)},
@@ -127,6 +130,7 @@ def quick() -> Setup:
             "*/at_moe-of-composites/*",
             "*/moelora-of-single-tasks/*",
         ),
+        source=SOURCE,
     )
 
 
