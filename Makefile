@@ -19,10 +19,10 @@ test: $(VENV)/.test-stamp  ## the tests that take seconds
 test-slow: $(VENV)/.test-stamp  ## every test
 	$(BIN)/python -m pytest -n 2 $(TEST_ARGS)
 
-conformance: $(VENV)/.test-stamp  ## peft's own tests against our configs; PEFT_SRC=checkout of peft at the installed version
+conformance: $(VENV)/.test-stamp  ## peft's own tests against our configs; PEFT_SRC= and PEFT_SUITE=, see docs/conformance.md
 	$(BIN)/python scripts/conformance.py $(CONFORMANCE_ARGS)
 
-bench: $(VENV)/.test-stamp  ## time and memory beside stock LoRA, for hours; BENCH_OUT=where BENCH_ARGS="--rounds 3"
+bench: $(VENV)/.test-stamp  ## time and memory beside stock LoRA; BENCH_OUT=where BENCH_ARGS="--rounds 3"
 	@$(BIN)/python scripts/get_model.py
 	@set -e; for part in layer scaling model; do $(BIN)/python scripts/bench/$$part.py --output $(BENCH_OUT)/$$part.json $(BENCH_ARGS); done
 	@$(BIN)/python scripts/bench/pictures.py $(BENCH_OUT)

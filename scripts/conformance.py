@@ -1,10 +1,11 @@
 """Run peft's own tests against our configs, beside stock LoRA, and write what comes out into docs/conformance.*.
 
-    PEFT_SRC=~/peft python scripts/conformance.py                                  # all: some 15 minutes of one core
-    PEFT_SRC=~/peft python scripts/conformance.py --configs MoLoraConfig --suites custom -k merge     # writes nothing
+    export PEFT_SRC=~/peft PEFT_SUITE=~/suite
+    python scripts/conformance.py                                                  # all: some 15 minutes of one core
+    python scripts/conformance.py --configs MoLoraConfig --suites custom -k merge                     # writes nothing
 
-peft does not install its tests: PEFT_SRC is a checkout, or an unpacked sdist, of the installed version. They are run by
-`../shared/conformance`, beside this repository, or by the folder in PEFT_SUITE, which swaps the config class in.
+peft does not install its tests: PEFT_SRC is a checkout, or an unpacked sdist, of the installed version. PEFT_SUITE is
+the folder of the pytest plugin that runs them with another config class. It is not published.
 
 The status is 1 if a test fails without an explanation in EXPLAINED, or an explained one passes, or stock LoRA runs a
 test that peft skips for us without a word in GATED.
@@ -108,8 +109,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.rows and (args.k or set(args.suites) != set(SUITES)):
         parser.error("--rows keeps whole runs; leave it out with -k and --suites.")
-    suite = Path(os.environ.get("PEFT_SUITE") or ROOT.parent / "shared" / "conformance")
-    check_sources(suite, os.environ.get("PEFT_SRC"), version("peft"))
+    suite = check_sources(os.environ.get("PEFT_SUITE"), os.environ.get("PEFT_SRC"), version("peft"))
     results = {}
     for name in args.configs:
         kept = args.rows / f"{name}.json" if args.rows else None
@@ -131,10 +131,13 @@ def main(argv: list[str]) -> int:
     return bool(problems)
 
 
-def check_sources(suite: Path, peft_src: str | None, installed: str) -> None:
-    """Raise a SystemExit that says what to do, unless suite and tests are there and of the installed version."""
-    if not (suite / "peft_suite_plugin.py").is_file():
-        sys.exit(f"There is no peft_suite_plugin.py in {suite}; set PEFT_SUITE to the folder of the conformance suite.")
+def check_sources(peft_suite: str | None, peft_src: str | None, installed: str) -> Path:
+    """The suite's folder; a SystemExit that says what to do unless it and tests of the installed version are there."""
+    if not peft_suite or not (Path(peft_suite) / "peft_suite_plugin.py").is_file():
+        sys.exit(
+            f"There is no peft_suite_plugin.py in PEFT_SUITE={peft_suite or ''}; set PEFT_SUITE to its folder. It is "
+            "not published: without it, tests/test_conformance.py holds the same behaviours."
+        )
     remedy = (
         f"run\n    pip download --no-deps --no-binary :all: peft=={installed} && tar xzf peft-{installed}.tar.gz\n"
         f"    export PEFT_SRC=$PWD/peft-{installed}"
@@ -151,6 +154,7 @@ def check_sources(suite: Path, peft_src: str | None, installed: str) -> None:
             f"PEFT_SRC={peft_src} is peft {found[1] if found else 'of no version'}, and {installed} is installed; "
             f"{remedy}\nor, in a checkout: git checkout v{installed}"
         )
+    return Path(peft_suite)
 
 
 def run(name: str, suite: Path, suites: Iterable[str], k: str, processes: str) -> Rows:

@@ -1,6 +1,6 @@
 """From a base model to a folded task in one go, by the commands that you would type yourself.
 
-make demo                          # about 5 minutes on two CPU cores, and nothing from a hub
+make demo                          # on a CPU; the model is from PyPI, and nothing from a hub
 python scripts/demo.py --short     # the same steps with little training, for CI; its scores mean nothing
 """
 

@@ -3,9 +3,10 @@
 Pages are written to be read in the repository too, where a link may leave docs/ for a script or the README. On the
 site it becomes a link into the URL of the repository, or the text alone while mkdocs.yml has no `repo_url`. The
 changelog and the page for contributors are files beside src/, and become pages here. A page that would load anything
-from another host ends the build.
+from another host ends the build, and so does a reference that lacks a public name.
 """
 
+import ast
 import os
 import re
 from pathlib import Path
@@ -27,6 +28,8 @@ LOADERS = re.compile(
     r"<script type=\"module\">(?:(?!</script>).)*?mermaid.*?</script>",
     flags=re.DOTALL,
 )
+# where the reference says that names are imported from
+HOMES = re.compile(r"[Ii]mported from `(peft_moe[\w.]*)`|^## .*`(peft_moe\.\w+)`$", flags=re.MULTILINE)
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -87,3 +90,48 @@ def on_post_page(output: str, page: Any, **unused: Any) -> str:
     if found := LOADED.search(output):
         raise PluginError(f"{page.file.src_uri} would load {found[0][:200]}; put the file into docs/.")
     return output
+
+
+def on_post_build(config: Any, **unused: Any) -> None:
+    """End the build if the reference lacks a name of a module that it tells readers to import from."""
+    from mkdocs.exceptions import PluginError
+
+    if lacking := unshown(ROOT / "src", Path(config["docs_dir"]) / "reference", Path(config["site_dir"]) / "reference"):
+        raise PluginError(f"The reference does not show {lacking}; put each into a page of docs/reference.")
+
+
+def unshown(source: Path, pages: Path, site: Path) -> list[str]:
+    """Names in the `__all__` of modules that the pages name, which the built pages do not show.
+
+    A module of the same name does not count: `peft_moe.report.collect` is one, and its function has a name of its own.
+
+    Args:
+        source: the folder with the package.
+        pages: the folder of the reference's pages.
+        site: the same when built.
+    """
+    text = "\n".join(page.read_text(encoding="utf-8") for page in sorted(pages.glob("*.md")))
+    built = "\n".join(page.read_text(encoding="utf-8") for page in sorted(site.glob("*.html")))
+    shown = {
+        name
+        for home, name in re.findall(r'id="([a-z_.]+)\.(\w+)"', built)  # methods have a class before them
+        if _file_of(source, f"{home}.{name}") is None
+    }
+    modules = sorted({one or other for one, other in HOMES.findall(text)})
+    return [f"{module}.{name}" for module in modules for name in _exported(source, module) if name not in shown]
+
+
+def _file_of(source: Path, module: str) -> Path | None:
+    path = source.joinpath(*module.split("."))
+    return next((file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()), None)
+
+
+def _exported(source: Path, module: str) -> list[str]:
+    """The `__all__` of a module, without importing it; empty if it has none."""
+    file = _file_of(source, module)
+    if file is None:
+        raise ValueError(f"The reference names {module}, which is no module in {source}.")
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__":
+            return list(ast.literal_eval(node.value))
+    return []

@@ -19,11 +19,12 @@ def base() -> Any:
 def batch() -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(BASE)(TEXTS, return_tensors="pt", padding=True)
+    return AutoTokenizer.from_pretrained(BASE, padding_side="left")(TEXTS, return_tensors="pt", padding=True)
 
 
 def labelled() -> dict[str, Any]:
-    return {**batch(), "labels": batch()["input_ids"]}
+    given = batch()
+    return {**given, "labels": given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)}
 
 
 def rows() -> list[dict[str, Any]]:

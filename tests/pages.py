@@ -4,6 +4,8 @@ A mark is an HTML comment on the line before the block, `<!-- not run: needs a G
 does not see it, a reader of the source does.
 """
 
+import ast
+import builtins
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +17,9 @@ FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w-]*)\s*$")
 MARK = re.compile(r"^ *<!-- *not run:(?P<reason>.*?)-->\s*$")
 # Indented text is a block too; these are commands of ours in it.
 COMMAND = re.compile(r"^    (?:(?:python3?|accelerate launch) (?:scripts|-m)|peft-moe |make )")
+
+# What transformers logs where generate() is given rows that are padded on the right.
+WRONG_SIDE = "right-padding was detected"
 
 
 class Block(NamedTuple):
@@ -69,3 +74,18 @@ def run_together(blocks: list[Block]) -> str:
     for block in blocks:
         program += [""] * (block.line - len(program)) + block.text.splitlines()
     return "\n".join(program) + "\n"
+
+
+def names_for_given(program: str) -> set[str]:
+    """Names that a program uses and nowhere makes."""
+    used, made = set(), set(vars(builtins))
+    for node in ast.walk(ast.parse(program)):
+        if isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else made).add(node.id)
+        elif isinstance(node, ast.alias):
+            made.add(node.asname or node.name.partition(".")[0])
+        elif isinstance(node, ast.arg):
+            made.add(node.arg)
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+            made.add(node.name)
+    return used - made

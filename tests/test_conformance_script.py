@@ -30,21 +30,22 @@ def checkout(folder, *, peft_version=INSTALLED, tests=True):
     }.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text)
-    return folder / "suite", str(folder / "peft")
+    return str(folder / "suite"), str(folder / "peft")
 
 
 def test_a_checkout_of_the_installed_version_is_taken(tmp_path):
-    check_sources(*checkout(tmp_path), INSTALLED)
+    assert check_sources(*checkout(tmp_path), INSTALLED) == tmp_path / "suite"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda suite, src: (suite.parent, src), r"no peft_suite_plugin\.py in .*; set PEFT_SUITE"),
+        (lambda suite, src: (None, src), r"no peft_suite_plugin\.py in PEFT_SUITE=; set PEFT_SUITE"),
+        (lambda suite, src: (src, src), r"no peft_suite_plugin\.py in PEFT_SUITE=.*peft; set PEFT_SUITE"),
         (lambda suite, src: (suite, None), "PEFT_SRC is not set.*pip download .*peft==.*export PEFT_SRC="),
         (lambda suite, src: (suite, f"{src}/src"), r"has no tests/testing_common\.py.*pip download"),
     ],
-    ids=["suite", "unset", "no tests"],
+    ids=["no suite", "another suite", "unset", "no tests"],
 )
 def test_what_is_missing_is_said_with_the_commands_that_get_it(change, message, tmp_path):
     with pytest.raises(SystemExit, match=f"(?s){message}"):

@@ -15,7 +15,7 @@ import torch
 import yaml
 from datasets import Dataset
 from helpers import logits
-from pages import PAGES, name_of
+from pages import PAGES, WRONG_SIDE, name_of
 from peft import get_peft_model
 from tiny_models import make_inputs, make_model
 from tiny_text import make_tokenizer
@@ -45,6 +45,7 @@ def test_the_readme_s_python_runs_as_shown(smollm2, tmp_path):
     (code,) = blocks(ROOT / "README.md", "python")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert WRONG_SIDE not in done.stderr
     assert (tmp_path / "triage-lora" / "adapter_model.safetensors").exists()
 
 

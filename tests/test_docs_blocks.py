@@ -1,12 +1,13 @@
 """Every block of Python and every command in README.md, CONTRIBUTING.md and docs/ works, or says why it is not run."""
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from page_runs import check_commands, commands_of, in_a_fork, run_python
-from pages import PAGES, ROOT, blocks_of, name_of, run_together
+from pages import PAGES, ROOT, WRONG_SIDE, blocks_of, name_of, names_for_given, run_together
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 PYTHON, SHELL = {"python"}, {"bash", "sh"}
@@ -43,6 +44,22 @@ def test_the_python_of_a_page_runs_in_order(page, small_base, tmp_path):
     (folder / "models" / "SmolLM2-135M-Instruct").symlink_to(small_base)
     shutil.copytree(ROOT / "data" / "medmulti" / "tiny", folder / "data" / "medmulti" / "tiny")
     in_a_fork(run_python, run_together(to_run(page, PYTHON)), page, folder, log=tmp_path / "log")
+    assert WRONG_SIDE not in (tmp_path / "log").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", [page for page in BLOCKS if to_run(page, PYTHON)])
+def test_a_page_says_what_the_names_are_that_its_python_takes_for_given(page):
+    before = "\n".join((ROOT / page).read_text(encoding="utf-8").splitlines()[: to_run(page, PYTHON)[0].line - 1])
+    given = names_for_given(run_together(to_run(page, PYTHON)))
+    assert not {name for name in given if not re.search(rf"`{name}(?![\w(])", before)}
+
+
+def test_names_for_given_are_those_that_nothing_makes():
+    code = (
+        "import a.b\nfrom c import d as e\nfor f in e(g):\n    h = [i for i in f if a]\nwith h as j:\n    k = {l: j}\n"
+    )
+    assert names_for_given(code) == {"g", "l"}
+    assert names_for_given("class A(B):\n    def f(self, *, x):\n        return print(self, x, y, A)\n") == {"B", "y"}
 
 
 @pytest.mark.parametrize("page", [page for page in BLOCKS if to_run(page, SHELL)])

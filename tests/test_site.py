@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from docs_hooks import LOADED, LOADERS, rewrite_links
+from docs_hooks import LOADED, LOADERS, rewrite_links, unshown
 
 import peft_moe
 
@@ -74,6 +74,34 @@ def test_the_reference_has_everything_that_is_exported():
         # a function of the name of its module is shown by the latter, as peft_moe.fold is both
         both = inspect.isfunction(thing) and home.split(".")[-2] == name
         assert (home if both else f"peft_moe.{name}") in shown, name
+
+
+@pytest.mark.parametrize(
+    ("ids", "lacking"),
+    [
+        (["p.report.collect.collect", "p.report.Routing"], []),
+        (["p.report.collect", "p.report.Routing"], ["p.report.collect"]),  # the module
+        (["p.report.collect.collect", "p.report.Page.Routing"], ["p.report.Routing"]),  # another's
+    ],
+)
+def test_a_public_name_that_the_built_reference_lacks_is_found(ids, lacking, tmp_path):
+    ids = [f"peft_moe{name.removeprefix('p')}" for name in ids]
+    for path, text in {
+        "src/peft_moe/report/__init__.py": "__all__ = ['Routing', 'collect']",
+        "src/peft_moe/report/collect.py": "__all__ = ['collect', 'inner']",
+        "docs/report.md": "Imported from `peft_moe.report`.",
+        "site/report.html": "".join(f'<h2 id="{name}">' for name in ids),
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    found = unshown(tmp_path / "src", tmp_path / "docs", tmp_path / "site")
+    assert found == [f"peft_moe{name.removeprefix('p')}" for name in lacking]
+
+
+def test_the_reference_says_where_names_are_imported_from(tmp_path):
+    lacking = unshown(ROOT / "src", DOCS / "reference", tmp_path)  # nothing is built there
+    assert {f"peft_moe.{name}" for name in peft_moe.__all__} < set(lacking)
+    assert {"peft_moe.report.findings", "peft_moe.data.encode"} < set(lacking)
 
 
 def test_the_navigation_names_every_page_once():

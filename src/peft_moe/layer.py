@@ -119,6 +119,14 @@ class MoeLinear(nn.Module, BaseTunerLayer):
             self.moelora_router[adapter_name].to(bank.lora_A.weight.dtype)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer's output (..., out), and to it what the experts of the active adapters add.
+
+        Args:
+            x: (..., in).
+            args, kwargs: what else the base layer takes.
+
+        Disabled adapters add nothing; merged ones are in the base layer's weights already.
+        """
         if not torch.compiler.is_compiling():
             shortcut = self._shortcut
             if shortcut is not None and not (args or kwargs) and shortcut.fits(self, x):
