@@ -41,6 +41,11 @@ def test_a_single_rate_needs_no_search():
     assert search([1e-3], BEYOND, {}) == ([], 1e-3)
 
 
+def uncut():
+    """The experiment of the page with a search in each protocol, all tasks held out, three seeds everywhere."""
+    return replace(full(), seeds={"": (1, 2, 3)}, search_bare=True, search={}, held_out=())
+
+
 def results(runs, *, best=MIDDLE):
     """Scores of runs in which one rate does best."""
     return {r.id: 0.5 if r.learning_rate == best else 0.4 for r in runs}
@@ -62,7 +67,7 @@ def test_the_list_grows_with_results_until_it_is_what_was_forecast():
 
 
 def test_finals_have_the_best_rate_and_other_seeds_and_only_they_read_test():
-    setup, done = full(), {}
+    setup, done = uncut(), {}
     while new := next_runs(setup, done):
         done |= results(new, best=HIGH)
     runs = all_runs(setup, done)
@@ -82,6 +87,16 @@ def test_the_bare_protocol_can_take_the_rate_of_the_other():
     assert {r.learning_rate for r in runs if r.protocol == "bare"} == {None, MIDDLE}
 
 
+def test_the_experiment_of_the_page_is_cut_where_it_says():
+    runs = forecast(full(), {})
+    assert {r.purpose for r in runs if r.protocol == "bare"} == {"final"}
+    for r in runs:
+        assert ("max_rows_per_task" in r.settings) == (r.purpose == "search")
+    seeds = {r.experiment: {x.seed for x in runs if x.experiment == r.experiment} - {None, 0} for r in runs}
+    assert {name for name, found in seeds.items() if found == {1, 2, 3}} == {"main", "ablations", "composite"}
+    assert {r.scored[0] for r in runs if r.experiment == "held_out"} == {"icd_chronic", "rad_modality", "def_system"}
+
+
 def test_experts_of_at_moe_are_adapters_of_the_same_protocol_and_seed_and_are_kept():
     runs = {r.id: r for r in forecast(full(), {})}
     users = [r for r in runs.values() if r.settings.get("method") == "at_moe" and r.trains]
@@ -97,7 +112,7 @@ def test_experts_of_at_moe_are_adapters_of_the_same_protocol_and_seed_and_are_ke
 
 
 def test_a_task_held_out_is_not_trained_on_and_the_only_one_that_is_asked():
-    runs = [r for r in forecast(full(), {}) if r.experiment == "held_out"]
+    runs = [r for r in forecast(uncut(), {}) if r.experiment == "held_out"]
     assert {r.scored[0] for r in runs} == set(full().tasks)
     for r in runs:
         assert {*r.settings["train_tasks"], *r.scored} == set(full().tasks)
@@ -105,7 +120,7 @@ def test_a_task_held_out_is_not_trained_on_and_the_only_one_that_is_asked():
 
 
 def test_the_settings_of_every_system_are_flags_of_train_py_and_make_a_config():
-    systems = {(r.experiment, r.system): r for r in forecast(full(), {}) if r.trains}
+    systems = {(r.experiment, r.system): r for r in forecast(uncut(), {}) if r.trains}
     assert len(systems) > 60
     for r in systems.values():
         assert str(ROOT) not in json.dumps(r.to_dict())  # no paths of this machine
@@ -131,7 +146,7 @@ def test_quick_has_a_run_of_every_experiment_that_differs_in_kind():
 
 
 def test_choosing_runs_takes_what_they_need_too():
-    runs = forecast(full(), {})
+    runs = forecast(uncut(), {})
     found = command.chooser(["instruction/at_moe-flat/*/seed-1"], None)(runs)
     final = [r.system for r in found if r.purpose == "final"]
     assert final == ["lora-r16", "lora-per-task", "at_moe-flat"]

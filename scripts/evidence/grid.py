@@ -27,7 +27,7 @@ AT_MOE: Flags = {"method": "at_moe", "router_input": "token"}  # and the experts
 # experts at work, and AT-MoE nine of rank 16, so that each has one LoRA of the same size by either measure.
 SYSTEMS: dict[str, Flags] = {
     "lora-r16": LORA,
-    "lora-per-task": LORA,
+    "lora-per-task": LORA | {"per_device_train_batch_size": 4},  # or an adapter would have no more than 31 steps
     "lora-like-molora-parameters": MOLORA | {"match_lora": "parameters"},
     "lora-like-molora-active": MOLORA | {"match_lora": "active"},
     "lora-like-medmoelora-parameters": MEDMOELORA | {"match_lora": "parameters"},
@@ -109,6 +109,7 @@ def main(setup: Setup, done: Scores) -> Iterator[Run]:
                 if found is None:
                     continue
                 settings, needs = found
+                settings = settings | (setup.search if purpose == "search" else {})
                 measure = measured(system, protocol) if purpose == "final" else ()
                 parts = setup.tasks if system == PER_TASK else ()
                 fields = {"protocol": protocol, "purpose": purpose, "parts": parts, "measure": measure}
@@ -204,7 +205,7 @@ def held_out(setup: Setup, done: Scores) -> Iterator[Run]:
     and asked again with equal gates, which is the record's "uniform".
     """
     for system in ("lora-r16", "moelora", "molora"):
-        for task in setup.tasks:
+        for task in setup.held_out or setup.tasks:
             change = {"train_tasks": [other for other in setup.tasks if other != task]}
             measure = ("uniform",) if system == "moelora" else ()
             fields = {"scored": (task,), "measure": measure}
@@ -224,7 +225,7 @@ def composite(setup: Setup, done: Scores) -> Iterator[Run]:
             trained = run_id("instruction", system, rate, run.seed)
             if run.seed in setup.seeds_of("main"):
                 yield Run.of(run.to_dict() | {"adapter": trained, "needs": (trained,)})
-    for system in ("lora-r16", "moelora", "molora", "at_moe"):
+    for system in ASKED_AGAIN:
         measure = () if system.startswith("lora") else ("uniform", "routing")
         name = f"{system}-of-composites"
         yield from changed(setup, done, "composite", name, system, on_composites, measure=measure)
