@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-SCRIPTS = ("colours.js", "elements.js", "maps.js", "numbers.js", "tokens.js", "parts.js", "page.js")
+SCRIPTS = ("colours.js", "elements.js", "maps.js", "numbers.js", "tokens.js", "summary.js", "parts.js", "page.js")
 FIELDS = ("task", "tokens", "prompt_tokens", "weights")  # of a sample
 WHOLE = 2**16 - 1  # a weight of 1
 DIGITS = 5  # significant; the page shows three or four

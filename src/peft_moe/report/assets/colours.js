@@ -10,11 +10,11 @@ const STEPS = 64;
 // of all sixteen 9 and 5. That holds for full strength; pale ones are nearer, which is why a token says its expert, and
 // why names are written into the text where there are more than eight.
 const KINDS = [
-  [135, 1, 0.09], [300, 0.01, 0.16], [53, 0.01, 0.15], [173, 0, 0.12], [189, 1, 0.14], [255, 0.63, 0.08], [1, 0.55, 0.16],
-  [98, 0.61, 0.13], [281, 0.36, 0.14], [152, 0.28, 0.17], [333, 0, 0.13], [299, 0.3, 0.08], [109, 1, 0.17], [77, 0.31, 0.14],
-  [355, 0.96, 0.11], [177, 0.55, 0.16],
+  [136, 0.99, 0.08], [300, 0.01, 0.16], [57, 0, 0.15], [166, 0, 0.12], [189, 1, 0.11], [255, 0.63, 0.08], [359, 0.66, 0.16],
+  [97, 0.63, 0.13], [281, 0.36, 0.14], [13, 0.24, 0.15], [341, 0, 0.13], [300, 0.29, 0.08], [115, 0.97, 0.17],
+  [275, 0.97, 0.17], [12, 0.96, 0.08], [156, 0.61, 0.17],
 ];
-const LIGHTNESS = {light: [0.69, 0.9], dark: [0.35, 0.525]};  // of the background of a text with a contrast of 4.5 or more
+const LIGHTNESS = {light: [0.69, 0.9], dark: [0.35, 0.52]};  // of the background of a text with a contrast of 4.5 or more
 const LINES = {light: [0.4, 0.6], dark: [0.68, 0.86]};
 
 // sRGB components from 0 to 1, linear light first; null outside of what a screen shows.

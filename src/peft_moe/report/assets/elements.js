@@ -109,7 +109,8 @@ function moveBy(event) {
   if (!next) return;
   event.preventDefault();
   rove(container, next);
-  next.focus();
+  next.focus({preventScroll: true});
+  next.scrollIntoView({block: "nearest", inline: "nearest"});  // which keeps clear of sticky labels; focus() does not always
 }
 
 function nextInList(container, item, key) {

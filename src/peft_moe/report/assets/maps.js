@@ -2,7 +2,7 @@
 
 // rows, columns: {text, full} · value(r, c): number, or null where there is nothing · say(r, c): {head, rows}, its tip
 function heatMap({label, corner = "", rows, columns, value, say, low = 0, high, numbers = null}) {
-  const tall = columns.some(column => Array.from(column.text).length > 3), longest = largest(rows.map(({text}) => text.length), 4);
+  const tall = columns.some(column => Array.from(column.text).length > 3);
   const table = make("table", {role: "grid", class: `map${tall ? " tall" : ""}${numbers ? " numbers" : ""}`,
     "aria-label": visible(label), "data-items": ""});
   const head = make("tr", {}, make("th", {scope: "col"}, corner), columns.map(({text, full}) =>
@@ -13,7 +13,8 @@ function heatMap({label, corner = "", rows, columns, value, say, low = 0, high, 
   table.append(make("thead", {}, head), body);
   const first = table.querySelector("[data-item]");
   if (first) first.setAttribute("tabindex", "0");
-  table.style.setProperty("--label", Math.min(28, longest));  // characters; on paper, columns share what is left
+  // Characters of a label: on paper, the columns share what is left.
+  table.style.setProperty("--label", Math.min(28, largest(rows.map(({text}) => text.length), 4)));
   said.set(table, cell => say(cell.parentNode.rowIndex - 1, cell.cellIndex - 1));
   return scrolling(table);
 }

@@ -41,7 +41,8 @@ const apart = (a, b) => sum(a.map((share, e) => Math.abs(share - b[e]))) / 2;
 // From a task's load to the mean of the other tasks', each task counting the same, so that a task that shares no expert
 // with them is at 1. A mean that contains the task itself would be nearer, the more so the larger the task is.
 const taskApart = (layer, task) => {
-  const own = taskOf(layer, task), others = routing.tasks.filter(other => other !== task).map(other => taskOf(layer, other)).filter(Boolean);
+  const own = taskOf(layer, task);
+  const others = routing.tasks.filter(other => other !== task).map(other => taskOf(layer, other)).filter(Boolean);
   return own && others.length ? apart(own.load, own.load.map((_, e) => mean(others.map(({load}) => load[e])))) : null;
 };
 // The weight of a group among the groups, without the general expert, which is in none.

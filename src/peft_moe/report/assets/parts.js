@@ -22,69 +22,12 @@ function mapsByModule(box, layers, label, things, high, value, say) {
   }));
 }
 
-function renderHeader() {
-  const {adapter, method, base_model: base, rows, tokens, tasks, layers} = routing;
-  document.title = `Routing of ${short(adapter, 80)}`;
-  byId("adapter").append(make("bdi", {}, visible(adapter)));
-  const widths = [...new Set(layers.map(layer => layer.experts.length))].sort((a, b) => a - b);
-  const facts = [
-    ["Method", method], ["Base model", base], ["Rows", count(rows, "row")], ["Tokens", count(tokens, "token")],
-    ["Tasks", tasks.length ? count(tasks.length, "task") : "none"], ["Routed layers", count(layers.length, "layer")],
-    ["Experts in a layer", widths.length > 1 ? `${widths[0]} to ${widths[widths.length - 1]}` : widths[0] ?? "none"],
-  ];
-  byId("facts").append(...facts.map(([name, value]) =>
-    make("div", {}, make("dt", {}, name), make("dd", {}, make("bdi", {}, String(value || "unknown"))))));
-}
-
-const LEVELS = {good: ["✓", "Good"], note: ["i", "Note"], bad: ["✕", "Bad"]};
-
-function renderSummary() {
-  const order = ["bad", "note", "good"];
-  const found = [...(routing.findings ?? [])].sort((a, b) => order.indexOf(a.level) - order.indexOf(b.level));
-  byId("findings").append(...found.map(({level: given, title, text, where}) => {
-    const level = Object.hasOwn(LEVELS, given) ? given : "note", [sign, word] = LEVELS[level];
-    const places = where && where.length ? make("details", {}, make("summary", {}, `Where: ${count(where.length, "layer")}`),
-      make("ul", {}, where.map(name => make("li", {}, name)))) : null;
-    return make("li", {class: `finding ${level}`},
-      make("p", {class: "level"}, make("span", {"aria-hidden": "true"}, sign), word),
-      make("div", {}, make("h3", {}, short(title, 200)), make("p", {}, short(text, 2000)), places));
-  }));
-  byId("figures").append(...keyFigures().filter(([, value]) => isNumber(value)).map(([name, value, format]) =>
-    make("div", {}, make("dt", {}, name), make("dd", {}, format(value)))));
-}
-
-function keyFigures() {
-  const {layers} = routing, pairs = layers.map(closest).filter(Boolean).map(([cosine]) => cosine);
-  const experts = decimals(mean(layers.map(layer => layer.experts.length)), 1).replace(/\.0$/, "");
-  return [
-    ["Experts in use (effective), mean of layers", mean(layers.map(effective)), value => `${decimals(value, 1)} of ${experts}`],
-    ["Experts per token", mean(layers.map(layer => layer.chosen_per_token)), value => decimals(value, 1)],
-    ["Largest load of an expert", layers.length ? largest(layers.map(layer => layer.load)) : null, percent],
-    ["Most alike pair, |cosine|", pairs.length ? largest(pairs) : null, value => decimals(value)],
-  ];
-}
-
-function renderFilters() {
-  const field = (name, label, all, values, text, fewest = 2) => values.length < fewest ? null
-    : chooser(`filter-${name}`, label, [["", all], ...values.map((value, i) => [i, text(value)])], "", index => {
-      filters[name] = index === "" ? null : values[index];
-      render();
-    });
-  const fields = [
-    field("task", "Task", "All tasks", routing.tasks, task => task, 1),
-    field("module", "Module", "All modules", moduleNames, moduleName),
-    field("block", "Block", "All blocks", blocks, block => `Block ${block}`),
-  ].filter(Boolean);
-  byId("filters").append(...fields, make("p", {id: "shown", role: "status"}));
-  byId("filters").addEventListener("submit", event => event.preventDefault());
-  byId("filters").hidden = !fields.length;
-}
-
 function renderLayers(layers) {
   const high = largest(layers.map(partOf).filter(Boolean).map(({load}) => load)) || 1, names = namesIn(layers);
   const widths = new Set(layers.map(layer => layer.experts.length));  // an even share is not the same for all of several
   byId("layers-note").textContent = `Load: the share of a layer's weight${ofTask()} that goes to an expert. `
-    + `The experts of a layer add up to 100%.${haveOneGate(layers) ? " All layers share one gate, so that their loads are the same." : ""}`;
+    + "The experts of a layer add up to 100%."
+    + (haveOneGate(layers) ? " All layers share one gate, so that their loads are the same." : "");
   showScale(scaleOf("layers"), 0, high, percent, widths.size === 1 ? [[1 / [...widths][0], "even share"]] : []);
   mapsByModule(byId("layer-maps"), layers, "Load of experts by layer", columnsOf(names), high,
     (layer, e) => loadOf(layer, names[e]), (layer, e) => loadSays(layer, names[e]));
@@ -99,7 +42,8 @@ function loadSays(layer, name) {
   if (load === null) return {head, rows: [["", `no token${ofTask()} came here`]]};
   const rows = [[`load${ofTask()}`, percent(load), load], ["times an even share", decimals(load * layer.experts.length)]];
   if (!ofOneTask()) {
-    rows.push(["strongest expert of", `${percent(layer.top1[e])} of tokens`], ["has weight in", `${percent(layer.chosen[e])} of tokens`]);
+    rows.push(["strongest expert of", `${percent(layer.top1[e])} of tokens`],
+      ["has weight in", `${percent(layer.chosen[e])} of tokens`]);
   }
   return {head, rows: [...rows, ["rank", String(layer.ranks[e])]]};
 }
@@ -231,7 +175,8 @@ function renderSimilarity(layers) {
   const options = known.map((layer, i) => [i, (i === most && known.length > 1 ? "Most alike: " : "") + layer.name]);
   const show = i => showSimilarity(known[i], pairs[i]);
   const start = known.includes(chosen.similarity) ? known.indexOf(chosen.similarity) : most;
-  byId("similarity-controls").append(chooser("similarity-layer", "Layer", options, start, i => { chosen.similarity = known[i]; show(i); }));
+  const choose = i => { chosen.similarity = known[i]; show(i); };
+  byId("similarity-controls").append(chooser("similarity-layer", "Layer", options, start, choose));
   showScale(scaleOf("similarity"), 0, 1, value => decimals(value));
   show(start);
 }
@@ -246,20 +191,4 @@ function showSimilarity({name, experts, similarity}, pair) {
     label: `Size of the cosine of experts in ${name}`, rows: columns, columns, high: 1,
     numbers: experts.length <= 12 ? value => decimals(value) : null, value: size,
     say: (r, c) => ({head: `${expertName(experts[r])} and ${expertName(experts[c])}`, rows: [["cosine", decimals(similarity[r][c])]]})}));
-}
-
-function renderTable() {
-  if (!byId("table-box").open) return;
-  // How many experts a token gets is only known of all tasks.
-  const columns = ["Layer", "Experts", "Ranks", "Tokens", "In use (effective)", "Entropy, nats", ofOneTask() ? null : "Experts per token", "Load"];
-  const cells = layer => {
-    const {tokens, entropy, load} = partOf(layer) ?? {tokens: 0, load: []};
-    return [layer.experts.length, short(layer.ranks.join(" "), 80), tokens, decimals(effective(layer), 1), decimals(entropy),
-      ofOneTask() ? null : decimals(layer.chosen_per_token, 1), load.map(percent).join(" ")].filter(value => value !== null);
-  };
-  scrolling(make("table", {class: "plain"},
-    make("caption", {}, ofOneTask() ? `Tokens${ofTask()}` : "All tokens"),
-    make("thead", {}, make("tr", {}, columns.filter(Boolean).map(name => make("th", {scope: "col"}, name)))),
-    make("tbody", {}, shownLayers().map(layer => make("tr", {}, make("th", {scope: "row"}, short(layer.name, 80)),
-      cells(layer).map(value => make("td", {}, String(value))))))), byId("table"));
 }

@@ -27,13 +27,19 @@ const sign = text => make("i", {class: "sign", "data-sign": text});
 function readable(piece) {
   if (piece === "") return [sign("·")];
   // An accent or a joiner alone would go to the letter before it, which is another token.
-  if (/^[\p{M}\u200c\u200d]+$/u.test(piece)) return ["◌", piece.replace(/[\u200c\u200d]/g, byNumber)];
+  if (/^[\p{M}\u200c\u200d]+$/u.test(piece)) {
+    return [/^\p{M}/u.test(piece) ? "◌" : null, piece.replace(/[\u200c\u200d]/g, byNumber)];
+  }
   return piece.split(/(\r|\n)/).map(part => part === "\r" ? sign("\\r") : part === "\n" ? [sign("↵"), "\n"] : part).flat();
 }
-const inWords = piece => piece === "" ? "part of a character" : piece.trim() || "white space";
+const nameOf = piece => piece === "" ? "part of a character" : /\n/.test(piece) ? "line break" : "white space";
+const inWords = piece => piece.trim() || nameOf(piece);
 
 // What starts and ends turns in the templates of chats, with the role that speaks.
-const TURNS = /<\|im_start\|>\s*\w*|<\|start_header_id\|>\s*\w*\s*<\|end_header_id\|>|<start_of_turn>\s*\w*|<\|[^|<>]{1,30}\|>|<end_of_turn>|<\/?s>|<[be]os>|\[\/?INST\]/g;
+const TURNS = new RegExp([
+  /<\|im_start\|>\s*\w*/, /<\|start_header_id\|>\s*\w*\s*<\|end_header_id\|>/, /<start_of_turn>\s*\w*/, /<end_of_turn>/,
+  /<\|[^|<>]{1,30}\|>/, /<\/?s>/, /<[be]os>/, /\[\/?INST\]/,
+].map(({source}) => source).join("|"), "g");
 
 // A row by the end of its prompt, as the start is often the same in all, and its answer.
 function rowName(i) {
@@ -115,9 +121,11 @@ function traceToken() {
   const high = largest([...table.values()]) || 1, scale = make("div", {class: "scale"});
   showScale(scale, 0, high, percent);
   const things = names.map(name => ({text: expertName(name)}));  // long, so that depth goes across
-  const title = traced === null ? "The row" : `“${short(inWords(tokens[traced]), 40)}”`;
+  const text = traced === null ? "" : tokens[traced].trim();
+  const title = traced === null ? "The row" : text ? `“${short(text, 40)}”` : `The ${nameOf(tokens[traced])}`;
   const where = `Weights${module ? ` in ${short(module)}` : ""}, from the first block to the last. `;
-  const hint = traced === null ? "Mean of the row; press a token to see it alone." : "Press the token again, or Escape, for the mean of the row.";
+  const hint = traced === null ? "Mean of the row; press a token to see it alone."
+    : "Press the token again, or Escape, for the mean of the row.";
   box.replaceChildren(make("h3", {}, `${title} through the depth`), make("p", {class: "help"}, where + hint), scale, depthMap({
     label: "Weights through the depth", layers, things, high, value: (other, e) => table.get(other)[e],
     say: (other, e) => ofCell(`${other.name}, ${expertName(names[e])}`, "weight", table.get(other)[e])}));
@@ -129,7 +137,7 @@ function tokenSays(token) {
   const rows = order.slice(0, 12).map(e => [expertName(layer.experts[e]), percent(weights.at(token, e)), weights.at(token, e)]);
   if (order.length > 12) rows.push([`${order.length - 12} others`, percent(sum(order.slice(12).map(e => weights.at(token, e))))]);
   const piece = samples[tokenView.sample].tokens[token];
-  return {head: piece === "" ? inWords(piece) : `“${piece}”`, rows};
+  return {head: piece.trim() ? `“${piece}”` : nameOf(piece), rows};
 }
 
 function paintTokens() {
@@ -152,7 +160,8 @@ function paintTokens() {
   byId("token-note").textContent = [
     weights.rows === 1 && tops.length > 1
       ? "In this layer all tokens of the row have the same weights: the router decides for the row, not for a token." : "",
-    samples[sample].tokens.includes("") ? "A dot is a token that is only part of a character; the last of its tokens has the character." : "",
+    samples[sample].tokens.includes("")
+      ? "A dot is a token that is only part of a character; the last of its tokens has the character." : "",
     whole ? "" : "The colour is that of an expert in a group; the general expert, which every token has, is left out of it.",
   ].filter(Boolean).join(" ");
   tokenLegend(experts, tops, weights);
@@ -191,7 +200,8 @@ function tokenLegend(experts, tops, weights) {
     const share = mean(tops.map((_, token) => weights.at(token, e)));
     // The general expert has no colour in the text, unless it is looked at alone.
     const swatch = general.has(name) && !pressed ? null : make("i", {"aria-hidden": "true"});
-    const button = make("button", {type: "button", class: "key", "aria-pressed": String(pressed)}, swatch, short(expertName(name), 40), make("small", {}, percent(share)));
+    const button = make("button", {type: "button", class: "key", "aria-pressed": String(pressed)},
+      swatch, short(expertName(name), 40), make("small", {}, percent(share)));
     button.style.setProperty("--key", `rgb(var(--e${colourOf(name)}))`);
     button.addEventListener("click", () => {
       tokenView.alone = pressed ? null : name;
