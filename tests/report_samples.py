@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import torch
 
+from peft_moe.report.findings import findings
+
 TEXTS = {
     "icd": [
         (
@@ -67,7 +69,7 @@ def sample_report(method="MoLoRA", *, blocks=4, modules=MODULES, experts=8, task
     lengths = [sum(map(len, row)) for row in cut]
     row_of = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths))
     task_of = torch.tensor([list(tasks or [None]).index(rows[r][0]) for r in row_of])
-    layers, weights = [], []
+    layers, weights, gate = [], [], None
     for block in range(blocks):
         for module in ("",) if at_moe else modules:
             names, group_of = experts_of(method, experts, block, blocks)
@@ -75,6 +77,9 @@ def sample_report(method="MoLoRA", *, blocks=4, modules=MODULES, experts=8, task
             by_kind = torch.randn(len(KINDS) + 1, len(names), generator=generator)
             by_task = torch.randn(max(1, len(tasks)), len(names), generator=generator)
             noise = torch.randn(len(tokens), len(names), generator=generator)
+            if method == "MOELoRA":  # one gate for all layers
+                gate = by_task if gate is None else gate
+                by_task, depth = gate, 1
             scores = 2.2 * depth * by_task[task_of]
             if method != "MOELoRA":
                 scores = 1.4 * scores / 2.2 + (2.6 - 1.5 * depth) * by_kind[kinds] + 0.5 * noise
@@ -90,8 +95,9 @@ def sample_report(method="MoLoRA", *, blocks=4, modules=MODULES, experts=8, task
     routing = {
         "format": 1, "adapter": f"outputs/{method.lower()}", "method": method,
         "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "rows": len(rows), "tokens": len(tokens),
-        "tasks": sorted(tasks), "groups": groups, "layers": layers, "findings": FINDINGS,
+        "tasks": sorted(tasks), "groups": groups, "layers": layers, "findings": [],
     }  # fmt: skip
+    routing["findings"] = findings(routing)
     return routing, samples
 
 
@@ -169,28 +175,3 @@ def sample(cut, rows, weights, lengths, index, method):
         prompt_tokens=len(prompt),
         weights=[w[start:stop].clone() for w in weights],
     )
-
-
-FINDINGS = [
-    {
-        "level": "good",
-        "title": "No dead experts",
-        "text": "Every expert has at least 1% of its layer's weight; the least used one has 2.1%.",
-        "where": [],
-        "numbers": {"least": 0.021},
-    },
-    {
-        "level": "bad",
-        "title": "2 experts are copies",
-        "text": "In 1 layer two experts point the same way (cosine 0.98). One of them would do.",
-        "where": ["model.layers.0.self_attn.q_proj"],
-        "numbers": {"cosine": 0.98},
-    },
-    {
-        "level": "note",
-        "title": "The first block treats all tasks alike",
-        "text": "The loads of two tasks differ by 3% of the weight there, by 31% in the last block.",
-        "where": ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "model.layers.0.mlp.up_proj"],
-        "numbers": {"first": 0.03, "last": 0.31},
-    },
-]

@@ -12,10 +12,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-SCRIPTS = ("colours.js", "elements.js", "maps.js", "numbers.js", "tokens.js", "parts.js", "page.js")
+SCRIPTS = ("colours.js", "elements.js", "maps.js", "numbers.js", "tokens.js", "summary.js", "parts.js", "page.js")
 FIELDS = ("task", "tokens", "prompt_tokens", "weights")  # of a sample
+WHOLE = 2**16 - 1  # a weight of 1
 DIGITS = 5  # significant; the page shows three or four
 
 
@@ -25,15 +27,18 @@ def write_page(routing: Mapping[str, Any], samples: Sequence[Any], path: Path) -
     Text of the adapter and the data is untrusted. It goes into the page as JSON and is shown as text only; the page's
     Content-Security-Policy lets nothing run but the script that is shipped with this package, and nothing be loaded.
 
-    The size is about 70 kB, plus 4/3 byte for every weight of a sample (tokens × experts × layers, or experts × layers
+    The size is about 80 kB, plus 8/3 bytes for every weight of a sample (tokens × experts × layers, or experts × layers
     where all tokens of a row share their weights), plus about 9 bytes for each number in `routing`. 8 samples of 200
-    tokens in 210 layers of 8 experts are 3.6 MB; one sample is 0.5 MB.
+    tokens in 210 layers of 8 experts are 7.2 MB; one sample is 0.9 MB.
+
+    Where the base model is a folder, only the folder's name is written: its path says who has made the page.
 
     Args:
         routing: what `Routing.to_dict()` gives, format 1.
         samples: rows to show token by token, as mappings or objects with `task`, `tokens` (n texts), `prompt_tokens`
-            (how many of them are the prompt) and `weights`: for each layer of `routing` a tensor (n or 1, E) of numbers
-            from 0 to 1, kept in steps of 1/255. May be empty.
+            (how many of them are the prompt), `cut` (how many tokens before these are left out; 0 if it is missing)
+            and `weights`: for each layer of `routing` a tensor (n or 1, E) of numbers from 0 to 1, kept in steps of
+            1/65535, by which no expert overtakes the strongest. May be empty.
         path: the file to write; an existing one is replaced.
 
     Raises:
@@ -46,10 +51,9 @@ def write_page(routing: Mapping[str, Any], samples: Sequence[Any], path: Path) -
         raise ValueError(
             f"this is routing of format {routing.get('format')!r}; the page shows format 1, make it again."
         )
-    experts = [len(layer["experts"]) for layer in routing["layers"]]
     data = {
-        "routing": _rounded(routing),
-        "samples": [_sample(sample, experts, number) for number, sample in enumerate(samples)],
+        "routing": _rounded({**routing, "base_model": _without_folders(routing["base_model"])}),
+        "samples": [_sample(sample, routing["layers"], number) for number, sample in enumerate(samples)],
     }
     Path(path).write_text(_filled(data), encoding="utf-8", newline="\n")
 
@@ -95,27 +99,37 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def _sample(sample: Any, experts: Sequence[int], number: int) -> dict[str, Any]:
+def _without_folders(name: str) -> str:
+    """The last part of what is a path on this machine and no name on a hub, which is "name" or "owner/name"."""
+    parts = re.split(r"[/\\]", name)
+    local = "\\" in name or len(parts) > 2 or parts[0] in ("", ".", "..", "~") or parts[0].endswith(":")
+    return next((part for part in reversed(parts) if part), name) if local else name
+
+
+def _sample(sample: Any, layers: Sequence[Mapping[str, Any]], number: int) -> dict[str, Any]:
     found = sample if isinstance(sample, Mapping) else {name: getattr(sample, name) for name in FIELDS}
+    cut = found.get("cut", 0) if isinstance(sample, Mapping) else getattr(sample, "cut", 0)
     tokens, weights = list(found["tokens"]), list(found["weights"])
-    if len(weights) != len(experts):
+    if len(weights) != len(layers):
         raise ValueError(
-            f"sample {number} has weights of {len(weights)} layers and the routing has {len(experts)}; "
+            f"sample {number} has weights of {len(weights)} layers and the routing has {len(layers)}; "
             "take both from the same run."
         )
     return {
         "task": found["task"],
         "tokens": tokens,
         "prompt_tokens": found["prompt_tokens"],
+        "cut": cut,
         "weights": [
-            _packed(layer, len(tokens), width, f"sample {number}, layer {index}")
-            for index, (layer, width) in enumerate(zip(weights, experts, strict=True))
+            _packed(of_layer, len(tokens), layer, f"sample {number}, layer {index}")
+            for index, (of_layer, layer) in enumerate(zip(weights, layers, strict=True))
         ],
     }
 
 
-def _packed(weights: torch.Tensor, tokens: int, experts: int, where: str) -> str:
-    """Weights (n or 1, E) as base64 of a byte each, row by row: 255 is a weight of 1."""
+def _packed(weights: torch.Tensor, tokens: int, layer: Mapping[str, Any], where: str) -> str:
+    """Weights (n or 1, E) as base64 of two bytes each, the lower first, row by row: 65535 is a weight of 1."""
+    experts = len(layer["experts"])
     if weights.ndim != 2 or weights.shape[1] != experts or weights.shape[0] not in (1, tokens):
         raise ValueError(
             f"{where}: weights of shape {tuple(weights.shape)}; give ({tokens}, {experts}), "
@@ -123,5 +137,11 @@ def _packed(weights: torch.Tensor, tokens: int, experts: int, where: str) -> str
         )
     if not torch.isfinite(weights).all():
         raise ValueError(f"{where}: a weight is not finite; collect the routing again from an adapter without NaN.")
-    whole = weights.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
-    return b64encode(whole.contiguous().numpy().tobytes()).decode()
+    values = weights.detach().float().cpu().clamp(0, 1).numpy()
+    whole = np.rint(values * WHOLE)
+    # The page takes the first of equal ones: those that are below the strongest, and equal to it only when rounded,
+    # go a step down. The strongest is one of a group where there are groups, as in the page.
+    grouped = [e for e, group in enumerate(layer.get("group_of") or ()) if group >= 0] or slice(None)
+    strongest = values[:, grouped].max(-1, keepdims=True)
+    whole -= (whole == np.rint(strongest * WHOLE)) & (values < strongest)
+    return b64encode(whole.clip(0).astype("<u2").tobytes()).decode()

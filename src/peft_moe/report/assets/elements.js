@@ -1,10 +1,10 @@
 // Elements, the tooltip, and moving with the arrow keys. All text is set as text: nothing is ever parsed as HTML.
 
-// Characters that would reorder or hide the text around them are shown by their number instead.
-function visible(text) {
-  return String(text).replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]/g,
-    found => `[U+${found.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}]`);
-}
+// Characters that would reorder or hide the text around them, or be nothing to see, are shown by their number instead.
+const UNSEEN = new RegExp("[\\u0000-\\u0008\\u000b-\\u001f\\u007f-\\u009f\\u00ad\\u061c\\u115f\\u180e\\u200b\\u200e\\u200f"
+  + "\\u202a-\\u202e\\u2060-\\u2064\\u2066-\\u2069\\u3164\\ufeff\\ufff9-\\ufffb\\u{e0000}-\\u{e007f}]", "gu");
+const byNumber = character => `[U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}]`;
+const visible = text => String(text).replace(UNSEEN, byNumber);
 
 function fill(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
@@ -35,9 +35,9 @@ const count = (n, one, many = `${one}s`) => `${n.toLocaleString("en")} ${n === 1
 const sum = numbers => numbers.reduce((a, b) => a + b, 0);
 const mean = numbers => numbers.length ? sum(numbers) / numbers.length : null;
 
-// A labelled <select>. `options` are [value, text] pairs.
+// A labelled <select>. `options` are [value, text] pairs; what tells them apart should come first, as lists are narrow.
 function chooser(id, label, options, chosen, onChange) {
-  const select = make("select", {id}, options.map(([value, text]) => make("option", {value}, short(text))));
+  const select = make("select", {id}, options.map(([value, text]) => make("option", {value}, short(text, 2 * SHORT))));
   select.value = String(chosen);
   select.addEventListener("change", () => onChange(select.value));
   return make("div", {class: "field"}, make("label", {for: id}, label), select);
@@ -109,7 +109,8 @@ function moveBy(event) {
   if (!next) return;
   event.preventDefault();
   rove(container, next);
-  next.focus();
+  next.focus({preventScroll: true});
+  next.scrollIntoView({block: "nearest", inline: "nearest"});  // which keeps clear of sticky labels; focus() does not always
 }
 
 function nextInList(container, item, key) {

@@ -13,8 +13,32 @@ function heatMap({label, corner = "", rows, columns, value, say, low = 0, high, 
   table.append(make("thead", {}, head), body);
   const first = table.querySelector("[data-item]");
   if (first) first.setAttribute("tabindex", "0");
+  // Characters of a label: on paper, the columns share what is left.
+  table.style.setProperty("--label", Math.min(28, largest(rows.map(({text}) => text.length), 4)));
   said.set(table, cell => say(cell.parentNode.rowIndex - 1, cell.cellIndex - 1));
-  return make("div", {class: "scroll"}, table);
+  return scrolling(table);
+}
+
+// ---- tables that may be wider or higher than their place
+const sizes = new ResizeObserver(entries => entries.forEach(({target}) => {
+  const box = target.parentElement, label = target.querySelector("tbody th");
+  if (box === null || label === null) return;
+  // A cell that is gone to comes out from under the labels, which stay in place, and from the faded edges.
+  box.style.scrollPadding = `${target.tHead.offsetHeight + 6}px 1.6rem 1.6rem ${label.offsetWidth + 12}px`;
+  fade(box);
+}));
+
+// Edges fade where there is more to scroll to.
+function fade(box) {
+  box.classList.toggle("more", box.scrollLeft + box.clientWidth < box.scrollWidth - 4);
+  box.classList.toggle("below", box.scrollTop + box.clientHeight < box.scrollHeight - 4);
+}
+
+function scrolling(table, box = make("div", {class: "scroll"})) {
+  box.replaceChildren(table);
+  box.onscroll = () => fade(box);
+  sizes.observe(table);
+  return box;
 }
 
 function mapCell(value, words, low, high, numbers) {
@@ -98,7 +122,11 @@ function lineOf(points, line, x, y, dots) {
   });
   // Dashes too, for those who do not see the hues.
   const shape = draw("g", {class: `line dash${line % 4}`}, draw("path", {d: parts.join("")}));
-  if (dots) points.forEach((value, i) => isNumber(value) && shape.append(draw("circle", {cx: x(i), cy: y(value), r: 2.5})));
+  // A point without a neighbour has no line.
+  const alone = i => !isNumber(points[i - 1]) && !isNumber(points[i + 1]);
+  points.forEach((value, i) => {
+    if (isNumber(value) && (dots || alone(i))) shape.append(draw("circle", {cx: x(i), cy: y(value), r: 2.5}));
+  });
   shape.style.setProperty("--line", `var(--l${line})`);
   return shape;
 }

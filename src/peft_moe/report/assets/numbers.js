@@ -36,9 +36,15 @@ const effective = layer => {
   if (!ofOneTask()) return layer.effective_experts;
   return partOf(layer) ? Math.exp(entropyOf(partOf(layer).load)) : null;
 };
-// The share of weight that would have to move for one load to become the other.
+// The share of weight that would have to move for one load to become the other: total variation.
 const apart = (a, b) => sum(a.map((share, e) => Math.abs(share - b[e]))) / 2;
-const taskApart = (layer, task) => taskOf(layer, task) ? apart(taskOf(layer, task).load, layer.load) : null;
+// From a task's load to the mean of the other tasks', each task counting the same, so that a task that shares no expert
+// with them is at 1. A mean that contains the task itself would be nearer, the more so the larger the task is.
+const taskApart = (layer, task) => {
+  const own = taskOf(layer, task);
+  const others = routing.tasks.filter(other => other !== task).map(other => taskOf(layer, other)).filter(Boolean);
+  return own && others.length ? apart(own.load, own.load.map((_, e) => mean(others.map(({load}) => load[e])))) : null;
+};
 // The weight of a group among the groups, without the general expert, which is in none.
 const groupLoad = (layer, g) => {
   const part = partOf(layer);
@@ -49,15 +55,30 @@ const groupLoad = (layer, g) => {
   return all > 0 ? of(group => group === g) / all : null;
 };
 const meanApart = layer => mean(routing.tasks.map(task => taskApart(layer, task)).filter(isNumber));
+// Of the task that is chosen, or of all.
+const shownApart = layer => ofOneTask() ? taskApart(layer, filters.task) : meanApart(layer);
 // The mean load of an expert in the layers that have it; part(layer) is where a layer's load is.
 const meanLoad = (layers, name, part) => mean(layers.filter(layer => layer.experts.includes(name) && part(layer))
   .map(layer => part(layer).load[layer.experts.indexOf(name)]));
+// The experts that tokens are given between: not a general one, which would have the largest part of every token.
+function competing({experts, group_of: groups}) {
+  const all = experts.map((_, e) => e), grouped = groups ? all.filter(e => groups[e] >= 0) : [];
+  return grouped.length ? grouped : all;
+}
+
+// An expert that every token has is no choice, and has no colour of its own.
+const general = new Set(routing.layers.flatMap(layer => {
+  const between = competing(layer);
+  return layer.experts.filter((_, e) => !between.includes(e));
+}));
+const colourOf = name => general.has(name) ? "none" : expertKind(name);
 const namesIn = layers => expertNames.filter(name => layers.some(layer => layer.experts.includes(name)));
-// Of all pairs of experts the one with the largest cosine: [cosine, expert, expert]; null where nothing is known.
+// Of all pairs of experts the one most alike, copy or mirror image: [size of the cosine, expert, expert]; null where
+// nothing is known.
 function closest(layer) {
   let best = null;
   (layer.similarity ?? []).forEach((row, a) => row.slice(0, a).forEach((cosine, b) => {
-    if (isNumber(cosine) && (best === null || cosine > best[0])) best = [cosine, b, a];
+    if (isNumber(cosine) && (best === null || Math.abs(cosine) > best[0])) best = [Math.abs(cosine), b, a];
   }));
   return best;
 }

@@ -23,12 +23,22 @@ function start() {
   const theme = () => setTheme(chosen ?? system.matches);
   system.addEventListener("change", theme);
   byId("theme").addEventListener("click", () => { chosen = !(chosen ?? system.matches); theme(); });
-  addEventListener("beforeprint", () => setTheme(false));
-  addEventListener("afterprint", theme);
+  let closed = [];  // what is only unrolled for the paper
+  addEventListener("beforeprint", () => {
+    setTheme(false);
+    closed = [...document.querySelectorAll("details:not([open])")];
+    for (const details of closed) details.open = true;
+    renderTable();
+  });
+  addEventListener("afterprint", () => {
+    theme();
+    for (const details of closed) details.open = false;
+  });
   theme();
   renderHeader();
   renderSummary();
   renderFilters();
+  byId("token-text").classList.toggle("named", largest(routing.layers.map(layer => layer.experts.length)) > MANY);
   byId("table-box").addEventListener("toggle", renderTable);
   render();
   byId("parts").append(...Array.from(document.querySelectorAll("main > section:not([hidden])"), section =>

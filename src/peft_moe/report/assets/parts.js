@@ -6,6 +6,9 @@ const ofCell = (head, label, share) => ({head, rows: [[label, percent(share), sh
 const scaleOf = (id, nth = 0) => byId(id).querySelectorAll(".scale")[nth];
 const inPercent = names => names.length <= 16 ? value => (100 * value).toFixed(0) : null;  // written into the cells
 
+// The layers that were chosen in a part of the page: kept when the filters change, as long as they fit them.
+const chosen = {tasks: null, similarity: null};
+
 const FAR = 0.2;  // tasks that part less than this are not drawn as if they parted much
 
 // A map for each module: how `things` are in each of its layers, value(layer, index of the thing).
@@ -19,73 +22,19 @@ function mapsByModule(box, layers, label, things, high, value, say) {
   }));
 }
 
-function renderHeader() {
-  const {adapter, method, base_model: base, rows, tokens, tasks, layers} = routing;
-  document.title = `Routing of ${short(adapter, 80)}`;
-  byId("adapter").append(make("bdi", {}, visible(adapter)));
-  const widths = [...new Set(layers.map(layer => layer.experts.length))].sort((a, b) => a - b);
-  const facts = [
-    ["Method", method], ["Base model", base], ["Rows", count(rows, "row")], ["Tokens", count(tokens, "token")],
-    ["Tasks", tasks.length ? count(tasks.length, "task") : "none"], ["Routed layers", count(layers.length, "layer")],
-    ["Experts in a layer", widths.length > 1 ? `${widths[0]} to ${widths[widths.length - 1]}` : widths[0] ?? "none"],
-  ];
-  byId("facts").append(...facts.map(([name, value]) =>
-    make("div", {}, make("dt", {}, name), make("dd", {}, make("bdi", {}, String(value || "unknown"))))));
-}
-
-const LEVELS = {good: ["✓", "Good"], note: ["i", "Note"], bad: ["✕", "Bad"]};
-
-function renderSummary() {
-  const order = ["bad", "note", "good"];
-  const found = [...(routing.findings ?? [])].sort((a, b) => order.indexOf(a.level) - order.indexOf(b.level));
-  byId("findings").append(...found.map(({level: given, title, text, where}) => {
-    const level = Object.hasOwn(LEVELS, given) ? given : "note", [sign, word] = LEVELS[level];
-    const places = where && where.length ? make("details", {}, make("summary", {}, `Where: ${count(where.length, "place")}`),
-      make("ul", {}, where.map(name => make("li", {}, name)))) : null;
-    return make("li", {class: `finding ${level}`},
-      make("p", {class: "level"}, make("span", {"aria-hidden": "true"}, sign), word),
-      make("div", {}, make("h3", {}, short(title, 200)), make("p", {}, short(text, 2000)), places));
-  }));
-  byId("figures").append(...keyFigures().filter(([, value]) => isNumber(value)).map(([name, value, format]) =>
-    make("div", {}, make("dt", {}, name), make("dd", {}, format(value)))));
-}
-
-function keyFigures() {
-  const {layers} = routing, pairs = layers.map(closest).filter(Boolean).map(([cosine]) => cosine);
-  const experts = decimals(mean(layers.map(layer => layer.experts.length)), 1).replace(/\.0$/, "");
-  return [
-    ["Experts in use, mean of layers", mean(layers.map(effective)), value => `${decimals(value, 1)} of ${experts}`],
-    ["Experts per token", mean(layers.map(layer => layer.chosen_per_token)), value => decimals(value, 1)],
-    ["Largest load of an expert", layers.length ? largest(layers.map(layer => layer.load)) : null, percent],
-    ["Most alike pair, cosine", pairs.length ? largest(pairs, -1) : null, value => decimals(value)],
-  ];
-}
-
-function renderFilters() {
-  const field = (name, label, all, values, text, fewest = 2) => values.length < fewest ? null
-    : chooser(`filter-${name}`, label, [["", all], ...values.map((value, i) => [i, text(value)])], "", chosen => {
-      filters[name] = chosen === "" ? null : values[chosen];
-      render();
-    });
-  const fields = [
-    field("task", "Task", "All tasks", routing.tasks, task => task, 1),
-    field("module", "Module", "All modules", moduleNames, moduleName),
-    field("block", "Block", "All blocks", blocks, block => `Block ${block}`),
-  ].filter(Boolean);
-  byId("filters").append(...fields, make("p", {id: "shown", role: "status"}));
-  byId("filters").addEventListener("submit", event => event.preventDefault());
-  byId("filters").hidden = !fields.length;
-}
-
 function renderLayers(layers) {
   const high = largest(layers.map(partOf).filter(Boolean).map(({load}) => load)) || 1, names = namesIn(layers);
-  const even = 1 / largest(layers.map(layer => layer.experts.length), 1);
+  const widths = new Set(layers.map(layer => layer.experts.length));  // an even share is not the same for all of several
   byId("layers-note").textContent = `Load: the share of a layer's weight${ofTask()} that goes to an expert. `
-    + "The experts of a layer add up to 100%.";
-  showScale(scaleOf("layers"), 0, high, percent, [[even, "even share"]]);
+    + "The experts of a layer add up to 100%."
+    + (haveOneGate(layers) ? " All layers share one gate, so that their loads are the same." : "");
+  showScale(scaleOf("layers"), 0, high, percent, widths.size === 1 ? [[1 / [...widths][0], "even share"]] : []);
   mapsByModule(byId("layer-maps"), layers, "Load of experts by layer", columnsOf(names), high,
     (layer, e) => loadOf(layer, names[e]), (layer, e) => loadSays(layer, names[e]));
 }
+
+const haveOneGate = layers => routing.method === "MOELoRA" && layers.length > 1
+  && new Set(layers.map(layer => JSON.stringify([layer.experts, layer.load.map(share => share.toFixed(4))]))).size === 1;
 
 function loadSays(layer, name) {
   const e = layer.experts.indexOf(name), load = loadOf(layer, name), head = `${layer.name}, ${expertName(name)}`;
@@ -93,7 +42,8 @@ function loadSays(layer, name) {
   if (load === null) return {head, rows: [["", `no token${ofTask()} came here`]]};
   const rows = [[`load${ofTask()}`, percent(load), load], ["times an even share", decimals(load * layer.experts.length)]];
   if (!ofOneTask()) {
-    rows.push(["weighed most by", `${percent(layer.top1[e])} of tokens`], ["given weight by", `${percent(layer.chosen[e])} of tokens`]);
+    rows.push(["strongest expert of", `${percent(layer.top1[e])} of tokens`],
+      ["has weight in", `${percent(layer.chosen[e])} of tokens`]);
   }
   return {head, rows: [...rows, ["rank", String(layer.ranks[e])]]};
 }
@@ -103,28 +53,33 @@ function renderTasks(layers) {
   byId("tasks").hidden = !routing.tasks.length;
   if (!routing.tasks.length) return;
   taskChooser(layers, tasks);
+  byId("apart").hidden = routing.tasks.length < 2;
   const far = Math.max(FAR, largest(layers.map(layer => tasks.map(task => taskApart(layer, task)))));
   showScale(scaleOf("tasks", 1), 0, far, percent);
   mapsByModule(byId("apart-maps"), layers, "How far tasks part by layer", tasks.map(task => ({text: task})), far,
     (layer, t) => taskApart(layer, tasks[t]),
-    (layer, t) => ofCell(`${layer.name}, ${tasks[t]}`, "apart from all tasks", taskApart(layer, tasks[t])));
+    (layer, t) => ofCell(`${layer.name}, ${tasks[t]}`, "apart from other tasks", taskApart(layer, tasks[t])));
 }
 
 // Experts of one number in two layers have nothing to do with each other, so a mean of layers would hide what a single
 // layer does: the map starts with the layer where tasks part most. AT-MoE's experts are the same in all layers.
 function taskChooser(layers, tasks) {
-  const most = layers.reduce((best, layer) => best === null || meanApart(layer) > meanApart(best) ? layer : best, null);
-  const start = routing.groups || layers.length < 2 ? "" : layers.indexOf(most);
-  const options = layers.map((layer, i) => [i, layer.name + (layer === most ? " (tasks part most)" : "")]);
+  const most = layers.reduce((best, layer) => best === null || shownApart(layer) > shownApart(best) ? layer : best, null);
+  const remark = ofOneTask() ? `${short(filters.task, 24)} parts most: ` : "Tasks part most: ";
+  const options = layers.map((layer, i) => [i, (layer === most && layers.length > 1 ? remark : "") + layer.name]);
   const show = value => {
-    const chosen = value === "" ? layers : [layers[value]];
+    const found = value === "" ? layers : [layers[value]];
     byId("tasks-note").textContent = "The share of a task's weight that goes to an expert, in percent. A task adds up to 100."
-      + (chosen.length > 1 && !routing.groups
+      + (found.length > 1 && !routing.groups
         ? " Experts of one number in two layers are different experts, so that a mean of layers says little." : "");
-    showTaskMap(chosen, tasks);
+    showTaskMap(found, tasks);
   };
+  let start = routing.groups || layers.length < 2 ? "" : layers.indexOf(most);
+  if (chosen.tasks === "mean" || layers.length < 2) start = "";
+  else if (layers.includes(chosen.tasks)) start = layers.indexOf(chosen.tasks);
+  const choose = value => { chosen.tasks = value === "" ? "mean" : layers[value]; show(value); };
   byId("task-controls").replaceChildren(...(layers.length < 2 ? [] : [
-    chooser("task-layer", "Layer", [["", `Mean of ${count(layers.length, "layer")}`], ...options], start, show)]));
+    chooser("task-layer", "Layer", [["", `Mean of ${count(layers.length, "layer")}`], ...options], start, choose)]));
   show(start);
 }
 
@@ -168,23 +123,27 @@ function renderGroups(layers) {
 // What is drawn by depth: {title, value(layer), format, axis, high}; no `high` is the largest value, or `least`.
 function depthFigures(layers) {
   const most = largest(layers.map(layer => layer.experts.length), 2), one = value => decimals(value, 1), two = value => decimals(value);
+  const of = ofOneTask() ? ` (task ${short(filters.task, 40)})` : "";
   const figures = [
-    {title: "Experts in use", value: effective, format: one, high: most},
-    {title: "Entropy of a token's weights, nats", value: layer => partOf(layer)?.entropy, format: two, high: Math.log(most)},
-    {title: "Largest load of an expert", value: layer => partOf(layer) ? largest(partOf(layer).load) : null,
+    {title: `Experts in use (effective)${of}`, value: effective, format: one, high: most},
+    {title: `Entropy of a token's weights, nats${of}`, value: layer => partOf(layer)?.entropy, format: two, high: Math.log(most)},
+    {title: `Largest load of an expert${of}`, value: layer => partOf(layer) ? largest(partOf(layer).load) : null,
       format: percent, axis: wholePercent, high: 1},
   ];
   if (routing.tasks.length > 1) {
-    figures.push({title: "How far tasks part, mean", value: meanApart, format: percent, axis: wholePercent, least: FAR});
+    const title = ofOneTask() ? `How far ${short(filters.task, 40)} parts from other tasks` : "How far tasks part, mean";
+    figures.push({title, value: shownApart, format: percent, axis: wholePercent, least: FAR});
   }
   if (layers.some(closest)) {
-    figures.push({title: "Most alike pair of experts, cosine", value: layer => closest(layer)?.[0], format: two, high: 1});
+    figures.push({title: "Most alike pair of experts, |cosine|", value: layer => closest(layer)?.[0], format: two, high: 1});
   }
   return layers.length ? figures : [];
 }
 
 function renderDepth(layers) {
   byId("depth").hidden = routing.layers.length < 2;
+  const most = largest(layers.map(layer => layer.experts.length), 2);
+  byId("entropy-note").textContent = `ln ${most} = ${decimals(Math.log(most))} if all ${most} experts weigh the same`;
   // Lines need a place on the axis: the block, or, if a name has none, the layer.
   const numbered = layers.every(({block}) => block !== null), xName = numbered ? "Block" : "Layer";
   const places = numbered ? blocksOf(layers) : layers, xs = places.map(place => numbered ? String(place) : place.name);
@@ -213,32 +172,23 @@ function renderSimilarity(layers) {
   byId("similarity-note").textContent = "No layer fits the filters.";
   if (!known.length) return;
   const most = pairs.reduce((best, pair, i) => pair && (!pairs[best] || pair[0] > pairs[best][0]) ? i : best, 0);
-  const options = known.map((layer, i) => [i, layer.name + (i === most && known.length > 1 ? " (most alike)" : "")]);
+  const options = known.map((layer, i) => [i, (i === most && known.length > 1 ? "Most alike: " : "") + layer.name]);
   const show = i => showSimilarity(known[i], pairs[i]);
-  byId("similarity-controls").append(chooser("similarity-layer", "Layer", options, most, show));
+  const start = known.includes(chosen.similarity) ? known.indexOf(chosen.similarity) : most;
+  const choose = i => { chosen.similarity = known[i]; show(i); };
+  byId("similarity-controls").append(chooser("similarity-layer", "Layer", options, start, choose));
   showScale(scaleOf("similarity"), 0, 1, value => decimals(value));
-  show(most);
+  show(start);
 }
 
 function showSimilarity({name, experts, similarity}, pair) {
-  const columns = columnsOf(experts);
+  const columns = columnsOf(experts), size = (r, c) => isNumber(similarity[r][c]) ? Math.abs(similarity[r][c]) : null;
+  const mirrored = pair !== null && similarity[pair[1]][pair[2]] < 0;
   byId("similarity-note").textContent = pair === null ? "There is nothing to compare here."
-    : `Most alike here: ${pair.slice(1).map(e => expertName(experts[e])).join(" and ")}, cosine ${decimals(pair[0])}.`;
+    : `Most alike here: ${pair.slice(1).map(e => expertName(experts[e])).join(" and ")}, `
+      + `cosine ${decimals(similarity[pair[1]][pair[2]])}${mirrored ? ", as a mirror image" : ""}.`;
   byId("similarity-map").replaceChildren(heatMap({
-    label: `Cosine of experts in ${name}`, rows: columns, columns, high: 1,
-    numbers: experts.length <= 12 ? value => decimals(value) : null, value: (r, c) => similarity[r][c],
+    label: `Size of the cosine of experts in ${name}`, rows: columns, columns, high: 1,
+    numbers: experts.length <= 12 ? value => decimals(value) : null, value: size,
     say: (r, c) => ({head: `${expertName(experts[r])} and ${expertName(experts[c])}`, rows: [["cosine", decimals(similarity[r][c])]]})}));
-}
-
-function renderTable() {
-  if (!byId("table-box").open) return;
-  const columns = ["Layer", "Experts", "Ranks", "Tokens", "In use", "Entropy, nats", "Per token", "Load"];
-  const cells = layer => [
-    layer.experts.length, short(layer.ranks.join(" "), 80), layer.tokens, decimals(layer.effective_experts, 1),
-    decimals(layer.entropy), decimals(layer.chosen_per_token, 1), layer.load.map(percent).join(" "),
-  ];
-  byId("table").replaceChildren(make("table", {class: "plain"},
-    make("thead", {}, make("tr", {}, columns.map(name => make("th", {scope: "col"}, name)))),
-    make("tbody", {}, shownLayers().map(layer => make("tr", {}, make("th", {scope: "row"}, short(layer.name, 80)),
-      cells(layer).map(value => make("td", {}, String(value))))))));
 }
