@@ -242,6 +242,7 @@ def test_metrics_get_the_labels_that_go_with_the_logits(tmp_path):
         assert found[name] == pytest.approx(expected[name], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_one_graph_for_answers_of_all_lengths():
     torch.compiler.reset()
     torch.manual_seed(0)
