@@ -3,15 +3,29 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 
-from peft_moe.report.findings import divergence, findings, undecided_entropy
+from peft_moe.report.findings import findings, undecided_entropy
+from peft_moe.report.measures import chance_divergence, divergence, overlap, separation, spread
+from peft_moe.report.wording import ADVICE
 
 EYE = [[float(i == j) for j in range(4)] for i in range(4)]
 
 
-def layer_of(loads, *, entropy=0.7, similarity=EYE, names="0123", chosen=None, group_of=None, name="model.layers.0.up"):
-    """A place with tasks of these loads, one token each."""
+def layer_of(
+    loads,
+    *,
+    entropy=0.7,
+    similarity=EYE,
+    names="0123",
+    chosen=None,
+    group_of=None,
+    chance=0.0,
+    name="model.layers.0.up",
+):
+    """A layer with tasks of these loads, 100 tokens each."""
+    chosen = float(len(names) if chosen is None else chosen)
     load = [sum(column) / len(loads) for column in zip(*loads.values(), strict=True)]
     return {
         "name": name,
@@ -20,22 +34,23 @@ def layer_of(loads, *, entropy=0.7, similarity=EYE, names="0123", chosen=None, g
         "experts": list(names),
         "ranks": [2] * len(names),
         "group_of": group_of,
-        "tokens": len(loads),
+        "tokens": 100 * len(loads),
         "load": load,
         "top1": load,
-        "chosen": [1.0] * len(names),
+        "chosen": [1.0] * len(names) if chosen == len(names) else [min(1.0, chosen * value) for value in load],
         "entropy": entropy,
         "effective_experts": math.exp(-sum(v * math.log(v) for v in load if v)),
-        "chosen_per_token": len(names) if chosen is None else chosen,
+        "chosen_per_token": chosen,
         "group_load": None,
-        "tasks": {task: {"tokens": 1, "load": load, "entropy": entropy} for task, load in loads.items()},
+        "tasks": {task: {"tokens": 100, "load": load, "entropy": entropy} for task, load in loads.items()},
+        "chance_divergence": chance,
         "similarity": similarity,
     }
 
 
-def routing_of(*layers):
+def routing_of(*layers, method="MOELoRA"):
     tasks = sorted({task for layer in layers for task in layer["tasks"]})
-    return {"format": 1, "method": "MOELoRA", "tasks": tasks, "layers": list(layers)}
+    return {"format": 1, "method": method, "tasks": tasks, "layers": list(layers)}
 
 
 def titles(routing):
@@ -66,11 +81,18 @@ TABLE = {
     "two dead": (layer_of({"icd": [0.5, 0.499, 0.001, 0.0]}), "2 dead experts", "bad"),
     "just alive": (layer_of({"icd": [0.5, 0.4, 0.097, 0.003]}), "No dead experts", "good"),
     "few": (layer_of({"icd": [0.95, 0.02, 0.02, 0.01]}), "Routing has collapsed to few experts", "bad"),
+    "the same 2 for all": (
+        layer_of({"icd": [0.5, 0.5, 0.0, 0.0]}, chosen=2.0),
+        "Routing has collapsed to few experts",
+        "bad",
+    ),
+    "2 of 4": (layer_of({"icd": [0.4, 0.4, 0.1, 0.1]}, chosen=2.0), "The load is spread", "good"),
     "even": (layer_of(EVEN, entropy=math.log(4)), "Routing is uniform", "bad"),
     "nearly even": (layer_of(EVEN, entropy=0.985 * math.log(4)), "Routers decide", "good"),
     "alike": (layer_of({"a": [0.7, 0.1, 0.1, 0.1], "b": [0.7, 0.1, 0.1, 0.1]}), "Tasks share everything", "bad"),
     "in part": (layer_of({"a": [0.7, 0.1, 0.1, 0.1], "b": [0.4, 0.3, 0.1, 0.2]}), "Tasks differ in part", "good"),
     "copies": (layer_of(HEALTHY, similarity=cosines(0.96)), "Experts are copies", "bad"),
+    "mirror images": (layer_of(HEALTHY, similarity=cosines(-0.96)), "Experts are copies", "bad"),
     "not quite": (layer_of(HEALTHY, similarity=cosines(0.94)), "Experts differ", "good"),
     "untrained": (layer_of(HEALTHY, similarity=ZERO), "The adapter is untrained", "bad"),
 }
@@ -97,9 +119,36 @@ def test_numbers_say_what_the_text_says():
         layer_of({"icd": [0.5, 0.4, 0.1, 0.0]}), layer_of({"icd": [0.4, 0.4, 0.1, 0.1]}, name="model.layers.1.up")
     )
     found = next(finding for finding in findings(routing) if "dead" in finding["title"])
-    assert found["numbers"] == {"dead": 1, "experts": 8, "threshold": 0.01, "names": {"model.layers.0.up": ["3"]}}
+    names = {"model.layers.0.up": ["3"]}
+    assert found["numbers"] == {"dead": 1, "experts": 8, "threshold": 0.01, "tokens": 100, "names": names}
     assert found["where"] == ["model.layers.0.up"]
-    assert found["text"].startswith("1 of 8 experts")
+    assert found["text"].startswith(
+        "1 of 8 experts get less than 1% of an even share of the weight over these 100 tokens"
+    )
+
+
+@pytest.mark.parametrize(("tokens", "chosen", "enough"), [(10, 4, True), (9, 4, False), (20, 2, True), (19, 2, False)])
+def test_of_few_tokens_it_is_not_said_that_experts_are_dead(tokens, chosen, enough):
+    layer = layer_of({"icd": [0.5, 0.4, 0.1, 0.0]}, chosen=chosen) | {"tokens": tokens}
+    found = next(finding for finding in findings(routing_of(layer)) if "dead" in finding["title"])
+    assert found["level"] == ("bad" if enough else "note")
+    assert f"{tokens} tokens" in found["text"]
+
+
+@pytest.mark.parametrize("method", ["MOELoRA", "MoLoRA", "Med-MoE-LoRA", "AT-MoE", "another"])
+def test_what_is_advised_is_what_the_method_has(method):
+    even = layer_of(EVEN, entropy=math.log(4), similarity=cosines(1.0))
+    layers = layer_of({"icd": [1.0, 0.0, 0.0, 0.0]}, name="model.layers.1.up"), even
+    said = " ".join(finding["text"] for finding in findings(routing_of(*layers, method=method)))
+    assert said.count("ry ") >= 4  # "try", "Try"
+    for word, methods in {
+        "balance_loss": ["MoLoRA", "Med-MoE-LoRA"],
+        "top_k": ["MoLoRA"],
+        " temperature": ["Med-MoE-LoRA"],
+        "group_temperature": ["AT-MoE"],
+    }.items():
+        assert (word in said) == (method in methods), word
+    assert all("" in texts for texts in ADVICE.values())
 
 
 def test_experts_that_are_meant_to_be_idle_are_not_called_dead():
@@ -107,6 +156,53 @@ def test_experts_that_are_meant_to_be_idle_are_not_called_dead():
     general = layer_of({"icd": [0.4, 0.3, 0.3, 0.0]}, names=["f/a", "f/b", "s/c", "general"], group_of=[0, 0, 1, -1])
     assert "No dead experts" in titles(routing_of(base))
     assert "No dead experts" in titles(routing_of(general))
+
+
+def test_experts_that_stand_apart_do_not_make_a_collapse():
+    grouped = {"names": ["f/a", "f/b", "s/c", "general"], "group_of": [0, 0, 1, -1]}
+    fixed = layer_of({"icd": [0.05 / 3] * 3 + [0.95]}, **grouped, entropy=0.24)
+    assert titles(routing_of(fixed, method="AT-MoE"))["The load is spread"] == "good"
+    assert titles(routing_of(fixed, method="AT-MoE"))["Routers decide"] == "good"  # by what is beside the general one
+    one = layer_of({"icd": [0.05, 0.0, 0.0, 0.95]}, **grouped, entropy=0.2)
+    assert titles(routing_of(one, method="AT-MoE"))["Routing has collapsed to few experts"] == "bad"
+    assert titles(routing_of(one, method="AT-MoE"))["2 dead experts"] == "bad"
+    base = layer_of({"icd": [0.97, 0.01, 0.01, 0.01]}, names=["base 0", "0", "1", "2"])
+    assert titles(routing_of(base, method="Med-MoE-LoRA"))["The load is spread"] == "good"
+
+
+@pytest.mark.parametrize(("method", "level"), [("MOELoRA", "bad"), ("MoLoRA", "note"), ("AT-MoE", "note")])
+def test_the_same_mean_load_is_the_same_lora_only_where_the_task_alone_decides(method, level):
+    alike = {"a": [0.7, 0.1, 0.1, 0.1], "b": [0.7, 0.1, 0.1, 0.1]}
+    (found,) = [f for f in findings(routing_of(layer_of(alike), method=method)) if "Tasks" in f["title"]]
+    assert found["level"] == level
+    assert ("all tasks have the same LoRA" in found["text"]) == (method == "MOELoRA")
+    assert ("mean load does not tell" in found["text"]) == (method != "MOELoRA")
+
+
+def test_tasks_that_differ_by_no_more_than_rows_do_are_not_told_apart():
+    loads = {"a": [0.4, 0.3, 0.1, 0.2], "b": [0.2, 0.3, 0.3, 0.2]}
+    bits = divergence(list(loads.values()))
+    for chance, title in {0.0: "Tasks differ in part", 0.9 * bits: "Tasks have the same mean load"}.items():
+        assert title in titles(routing_of(layer_of(loads, chance=chance), method="MoLoRA"))
+    assert titles(routing_of(layer_of(loads, chance=None), method="MoLoRA"))["Too few rows to compare tasks"] == "note"
+
+
+def test_what_tasks_share_is_said_and_random_gates_are_not_called_separate():
+    random = np.random.default_rng(0)
+    for count in (2, 4, 8):
+        scores = np.exp(random.normal(0, 0.5, (count, 8)))
+        loads = dict(zip("abcdefgh", (scores / scores.sum(1, keepdims=True)).tolist(), strict=False))
+        layer = layer_of(loads, names="01234567", similarity=None)
+        (found,) = [f for f in findings(routing_of(layer)) if "Tasks" in f["title"]]
+        pairs = [sum(map(min, loads[a], loads[b])) for a in loads for b in loads if a < b]
+        assert found["title"] == "Tasks differ in part"
+        assert f"Two tasks share {sum(pairs) / len(pairs):.0%} of their weight" in found["text"]
+
+
+def test_a_new_adapter_is_untrained_and_nothing_else():
+    assert titles(routing_of(layer_of({"icd": [1.0, 0.0, 0.0, 0.0]}, similarity=ZERO))) == {
+        "The adapter is untrained": "bad"
+    }
 
 
 def test_one_task_is_not_compared():
@@ -118,14 +214,14 @@ def test_the_closest_tasks_are_named():
     loads = {"a": [0.7, 0.1, 0.1, 0.1], "b": [0.1, 0.7, 0.1, 0.1], "c": [0.1, 0.69, 0.11, 0.1]}
     found = next(f for f in findings(routing_of(layer_of(loads))) if "Tasks" in f["title"])
     assert found["numbers"]["closest"] == ["b", "c"]
-    assert "Closest are b and c" in found["text"]
+    assert "closest are b and c with 99%" in found["text"]
 
 
 def test_some_even_places_of_many_are_a_note():
     places = [layer_of(HEALTHY, name=f"model.layers.{i}.up") for i in range(3)]
     places[1] |= {"entropy": math.log(4)}
     found = next(f for f in findings(routing_of(*places)) if "uniform" in f["title"])
-    assert (found["level"], found["title"]) == ("note", "Routing is uniform in 1 places")
+    assert (found["level"], found["title"]) == ("note", "Routing is uniform in 1 layer")
     assert found["where"] == ["model.layers.1.up"]
 
 
@@ -172,7 +268,35 @@ def test_divergence_in_bits(loads, bits):
     assert divergence(loads) == pytest.approx(bits, abs=5e-4)
 
 
-def test_places_without_known_similarity_and_no_places():
+def test_separation_is_from_the_same_load_to_none_in_common_however_many_tasks():
+    for count in (2, 3, 5):
+        own = np.eye(5)[:count].tolist()
+        assert separation(own) == pytest.approx(1)
+        assert overlap(own).tolist() == np.eye(count).tolist()
+        assert separation([[0.2] * 5] * count) == pytest.approx(0)
+    assert separation([[0.5, 0.5], [0.0, 1.0], [1.0, 0.0]]) <= 1  # more tasks than experts
+
+
+@pytest.mark.parametrize(("load", "chosen", "value"), [
+    ([0.25] * 4, 4, 1.0), ([1.0, 0, 0, 0], 4, 0.0), ([0.5, 0.5, 0, 0], 2, 0.0), ([0.25] * 4, 2, 1.0),
+    ([1 / 3] * 3 + [0], 1, 2 / 3), ([0.5, 0.5, 0, 0], 3.9, 1 / 3),
+])  # fmt: skip
+def test_spread_is_from_collapse_to_an_even_load(load, chosen, value):
+    assert spread(load, chosen) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(("tasks", "rows", "experts"), [(2, 200, 4), (5, 100, 3)])
+def test_chance_is_what_tasks_without_a_difference_come_to(tasks, rows, experts):
+    random, load = np.random.default_rng(0), np.arange(1, experts + 1) / sum(range(1, experts + 1))
+    found = random.multinomial(rows, load, size=(2000, tasks)) / rows
+    measured = np.mean([divergence(own) for own in found])
+    variance = [(load * (1 - load) / rows).tolist()] * tasks
+    chance = chance_divergence([load.tolist()] * tasks, variance)
+    assert chance == pytest.approx((experts - 1) * (tasks - 1) / (2 * tasks * rows * math.log(2)))
+    assert chance == pytest.approx(measured, rel=0.05)
+
+
+def test_layers_without_known_similarity_and_no_places():
     assert findings(routing_of()) == []
     assert not any("xperts" in title and "dead" not in title for title in titles(routing_of(_without_similarity())))
 

@@ -293,8 +293,9 @@ def test_a_collapsed_router_is_warned_of_once(tmp_path, data):
     ],
 )
 def test_collapse_is_as_few_experts_for_all_tokens_as_for_one(load, chosen, collapsed):
-    effective = torch.special.entr(torch.tensor(load)).sum().exp().item()
-    assert is_collapsed({"load": load, "chosen_per_token": chosen, "effective_experts": effective}) == collapsed
+    assert is_collapsed({"load": load, "chosen": [chosen / len(load)] * len(load)}) == collapsed
+    base = {"load": [0.9, *(0.1 * value for value in load)], "chosen": [1.0, *[chosen / len(load)] * len(load)]}
+    assert is_collapsed(base, 1) == collapsed  # a base expert is not counted
 
 
 def test_the_callback_refuses_a_model_whose_routers_do_not_look_at_tokens(tmp_path, data):

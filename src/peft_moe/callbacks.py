@@ -12,6 +12,7 @@ from accelerate.utils import reduce
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
+from .report.measures import COLLAPSED, load_of, spread
 from .token_routed import TokenRoutedTuner
 
 
@@ -109,7 +110,8 @@ class RoutingCallback(TrainerCallback):
             self.trainer.control.should_log = wanted  # which logging takes back, and the loss is still to be logged
 
     def _warn_of_collapse(self, layers: dict[str, dict[str, Any]]) -> None:
-        collapsed = [key for key, values in layers.items() if is_collapsed(values)]
+        base = {key: router.num_base for key, router in self.tuner.routers()}
+        collapsed = [key for key, values in layers.items() if is_collapsed(values, base[key])]
         if collapsed and not self.warned:
             self.warned = True
             key = collapsed[0]
@@ -158,14 +160,15 @@ def _token_routed(trainer: Trainer, who: str) -> TokenRoutedTuner:
     return tuner
 
 
-def is_collapsed(values: Mapping[str, Any]) -> bool:
-    """Whether a layer's tokens all use the same experts: as many in effect as one token gets, or one where it gets all.
+def is_collapsed(values: Mapping[str, Any], num_base: int = 0) -> bool:
+    """Whether nearly all of a layer's tokens use the same experts, by the rule of a report's findings.
 
     Args:
         values: statistics of one layer.
+        num_base: base experts, which come first and are not counted.
     """
-    everything = round(values["chosen_per_token"], 3) >= len(values["load"])
-    return bool(values["effective_experts"] < 1.1 * (1 if everything else values["chosen_per_token"]))
+    load = load_of(values, range(num_base, len(values["load"])))
+    return len(load) > 1 and spread(load, sum(values["chosen"][num_base:])) < COLLAPSED
 
 
 def routing_summary(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

@@ -92,6 +92,7 @@ def read_examples(
     *,
     split: str | None = None,
     task_column: str = "task",
+    task_needed: bool = True,
     protocol: Protocol = "instruction",
     revision: str | None = None,
 ) -> Dataset:
@@ -102,6 +103,7 @@ def read_examples(
         split: `dev` is another word for `validation`. By default the only split, else `train`. A file is the split it
             is named after, or else `train`.
         task_column: the column with the row's task name or names.
+        task_needed: False to take data without this column, whose rows then have the task `""`.
         protocol: `bare` leaves the instruction of instruction/input/output rows out.
         revision: branch, tag or commit of the Hub dataset.
 
@@ -117,18 +119,19 @@ def read_examples(
     if protocol not in get_args(Protocol):
         raise ValueError(f"protocol={protocol!r} is unknown; use one of {list(get_args(Protocol))}.")
     rows = _pick_split(_load(source, revision), source, split)
-    if task_column not in rows.column_names:
+    named = task_column in rows.column_names
+    if not named and task_needed:
         raise ValueError(
             f"{source} has no column {task_column!r}, only {rows.column_names}; name the column that holds each row's "
             "task with task_column=..."
         )
     info = read_task_info(source, revision=revision)
-    several = any(isinstance(task, list) for task in rows[task_column])
+    several = named and any(isinstance(task, list) for task in rows[task_column])
 
     def convert(row: Mapping[str, Any], index: int) -> dict[str, Any]:
         filled = {key: value for key, value in row.items() if value not in (None, "", [])}
         try:
-            tasks = _tasks(filled.pop(task_column, None))
+            tasks = _tasks(filled.pop(task_column, None)) if named else [""]
             messages = _messages(filled, tasks, protocol, info)
         except ValueError as error:
             raise ValueError(

@@ -20,6 +20,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except (ValueError, OSError) as error:
-        print(f"peft-moe: {' '.join(str(error).split())}", file=sys.stderr)
+        from ..report.layout import clean
+
+        # names and texts of an adapter or of data may be in it
+        print(f"peft-moe: {clean(' '.join(str(error).split()))}", file=sys.stderr)
         return 1
     return 0

@@ -24,7 +24,8 @@ def add_to(commands: Any) -> None:
         parser.set_defaults(run=run)
     parser.add_argument("--data", required=True, help="file, folder or Hub dataset, of the form that training takes")
     parser.add_argument("--split", help="split of the data; by default test, and for a file the split that it is")
-    parser.add_argument("--limit", type=int, help="rows per task; by default all")
+    parser.add_argument("--task-column", help="column with a row's task; by default task, if there is one")
+    parser.add_argument("--limit", type=int, help="rows to draw of each task; by default all")
     parser.add_argument("--base-model", help="base model, in place of the one that the adapter names")
     parser.add_argument("--batch-size", type=int, default=16, help="rows answered at once")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="longest answer, in tokens")
@@ -32,13 +33,16 @@ def add_to(commands: Any) -> None:
 
 def run_parameters(arguments: argparse.Namespace) -> None:
     """Count the parameters of an adapter beside those of a LoRA of the same total rank on the same layers."""
+    from ..report.adapter import describe
     from ..report.verify import parameters
 
-    found = parameters(_described(arguments))
+    found = parameters(describe(arguments.adapter, strict=False, **_hub(arguments)))
     if not _printed_as_json(arguments, found):
         from ..report.tables import new_console, show_parameters
 
         show_parameters(found, new_console())
+    if not found["equal"]:
+        raise ValueError(found["says"][0])
 
 
 def run_diversity(arguments: argparse.Namespace) -> None:
@@ -55,11 +59,11 @@ def run_diversity(arguments: argparse.Namespace) -> None:
 def run_uniform(arguments: argparse.Namespace) -> None:
     """Score an adapter as it is, and with the same weight for all experts."""
     from ..checks import check_count
-    from ..data import check_tasks, read_examples, read_task_info, take_per_task
+    from ..data import read_task_info, task_key, tokenize
     from ..evaluation import generate_answers, score
     from ..metrics import load_metric
     from ..report.adapter import read_moe_config
-    from ..report.uniform import ablate, check_can_be_uniform
+    from ..report.uniform import ablate, check_can_be_uniform, rate_rows
     from .loading import Source
 
     for option in ("limit", "batch_size", "max_new_tokens"):  # all before the work
@@ -68,27 +72,45 @@ def run_uniform(arguments: argparse.Namespace) -> None:
     hub = _hub(arguments)
     config = read_moe_config(arguments.adapter, **hub)
     check_can_be_uniform(config, _described(arguments))
-    split = arguments.split or (None if Path(arguments.data).is_file() else "test")
-    info, examples = read_task_info(arguments.data), read_examples(arguments.data, split=split)
-    if arguments.limit is not None:
-        examples = take_per_task(examples, arguments.limit)
-    if config.needs_tasks:
-        check_tasks(examples, config.task_names)
+    info = read_task_info(arguments.data)
     for task in info.values():
         load_metric(task.metric)
+    split, examples = _rows(arguments, config)
     source = Source(arguments.adapter, config, base_model=arguments.base_model, hub=hub)
-    tokenizer, model = source.tokenizer(), source.model()
+    tokenizer = source.tokenizer()
+    for messages in examples["messages"]:
+        tokenize(messages, tokenizer)  # for its errors
+    model = source.model()
     sizes = {"batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
     found = ablate(
         model,
         answer=lambda: generate_answers(model, tokenizer, examples, **sizes),
         score=lambda answers: score(answers, examples, info),
+        rate=rate_rows(examples, info),
+        tasks=[task_key(task) for task in examples["task"]],
     )
     found |= {"adapter": arguments.adapter, "data": arguments.data, "split": split, "limit": arguments.limit, **sizes}
     if not _printed_as_json(arguments, found):
         from ..report.tables import new_console, show_uniform
 
         show_uniform(found, new_console())
+
+
+def _rows(arguments: argparse.Namespace, config: Any) -> tuple[str | None, Any]:
+    """The split, and its rows that are to be answered."""
+    from ..data import check_tasks, read_examples, take_per_task
+
+    split = arguments.split or (None if Path(arguments.data).is_file() else "test")
+    column = arguments.task_column
+    needed = config.needs_tasks or column is not None
+    examples = read_examples(arguments.data, split=split, task_column=column or "task", task_needed=needed)
+    if not any(examples["task"]):
+        examples = examples.remove_columns("task").add_column("task", ["all rows"] * len(examples))
+    if arguments.limit is not None:
+        examples = take_per_task(examples.shuffle(seed=0), arguments.limit)
+    if config.needs_tasks:
+        check_tasks(examples, config.task_names)
+    return split, examples
 
 
 def _described(arguments: argparse.Namespace) -> dict[str, Any]:

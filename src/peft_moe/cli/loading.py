@@ -13,11 +13,16 @@ class Source:
         config: the adapter's config.
         base_model: in place of the one that the config names.
         hub: for a Hub adapter, `revision`.
+
+    Raises:
+        ValueError: nothing names a base model.
     """
 
     def __init__(self, adapter: str, config: Any, *, base_model: str | None, hub: dict[str, Any]) -> None:
         self.adapter, self.hub = adapter, hub
         self.base = base_model or config.base_model_name_or_path
+        if not self.base:
+            raise ValueError(f"The adapter {adapter!r} names no base model; pass --base-model.")
         self.base_hub = {} if base_model or not config.revision else {"revision": config.revision}
 
     def tokenizer(self) -> Any:

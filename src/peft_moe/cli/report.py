@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ def add_to(commands: Any) -> None:
     report.add_argument("--base-model", help="base model, in place of the one that the adapter names")
     report.add_argument("--revision", help="revision of a Hub adapter")
     report.add_argument("--split", help="split of the data; by default the only one, or train")
+    report.add_argument("--task-column", help="column with a row's task; by default task, if there is one")
     report.add_argument("--rows", type=int, default=64, help="rows to draw, as many of each task; at least one")
     report.add_argument("--batch-size", type=int, default=8, help="rows run at once")
     report.add_argument("--max-length", type=int, default=1024, help="tokens of a row")
@@ -37,39 +40,54 @@ def run(arguments: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from ..checks import check_count
-    from ..data import read_examples
-    from ..directory import read_config
-    from ..report.collect import collect
+    from ..report.adapter import describe, read_moe_config
+    from ..report.collect import look_at
     from ..report.page import write_page
+    from ..report.rows import Rows
     from .loading import Source
 
-    for option, low in {"rows": 1, "batch_size": 1, "max_length": 1, "samples": 0}.items():
+    for option, low in {"rows": 1, "batch_size": 1, "max_length": 1, "samples": 0}.items():  # all before the work
         check_count(f"--{option.replace('_', '-')}", getattr(arguments, option), "no count", low=low)
     check_free(arguments.out, overwrite=arguments.overwrite)
     write_pictures = None if arguments.no_pictures else _pictures()
     hub = {"revision": arguments.revision} if arguments.revision else {}
-    config = _routed(read_config(arguments.adapter, **hub), arguments.adapter)
-    examples = _draw(read_examples(arguments.data, split=arguments.split), arguments.rows)
-    if config.needs_tasks:
-        from ..data import check_tasks
-
-        check_tasks(examples, config.task_names)  # before the model is loaded
+    config = read_moe_config(arguments.adapter, **hub)
+    if not describe(arguments.adapter, **hub)["routers"]:
+        raise ValueError(
+            f"{arguments.adapter!r} has one expert in each layer, and no router; there is nothing to report."
+        )
+    examples = _examples(arguments, config)
     source = Source(arguments.adapter, config, base_model=arguments.base_model, hub=hub)
-    routing, samples = collect(
-        source.model(),
-        source.tokenizer(),
-        examples,
-        batch_size=arguments.batch_size,
-        max_length=arguments.max_length,
-        samples=arguments.samples,
-    )
-    routing = replace(routing, adapter=str(arguments.adapter), base_model=str(source.base or ""))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    routing.write(arguments.out / "routing.json")
+    rows = Rows.of(examples, source.tokenizer(), config, max_length=arguments.max_length)
+    routing, samples = look_at(source.model(), rows, batch_size=arguments.batch_size, samples=arguments.samples)
+    routing = replace(routing, adapter=str(arguments.adapter), base_model=str(source.base))
     numbers = routing.to_dict()
-    pictures = write_pictures(numbers, arguments.out) if write_pictures else []
-    write_page(numbers, samples, arguments.out / "index.html")
-    show(numbers, [arguments.out / name for name in FILES], pictures)
+    with report_directory(arguments.out, overwrite=arguments.overwrite) as work:
+        routing.write(work / "routing.json")
+        pictures = write_pictures(numbers, work) if write_pictures else []
+        write_page(numbers, samples, work / "index.html")
+    show(numbers, [arguments.out / name for name in FILES], [arguments.out / path.name for path in pictures])
+
+
+@contextmanager
+def report_directory(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `out` to write a report into, whose files take their place at the end of the `with` block.
+
+    Files of the report that was there and that the new one does not have are removed. An error leaves `out` as it was.
+
+    Raises:
+        FileExistsError, NotADirectoryError: as `check_free`.
+    """
+    check_free(out, overwrite=overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as work:
+        yield Path(work)
+        out.mkdir(exist_ok=True)
+        for name in _names():
+            if (Path(work) / name).exists():
+                (Path(work) / name).replace(out / name)
+            else:
+                (out / name).unlink(missing_ok=True)
 
 
 def check_free(out: Path, *, overwrite: bool) -> None:
@@ -77,9 +95,16 @@ def check_free(out: Path, *, overwrite: bool) -> None:
     file = next((path for path in (out, *out.parents) if path.is_file()), None)
     if file is not None:
         raise NotADirectoryError(f"{out} cannot be a directory, since {file} is a file; choose another directory.")
-    there = [name for name in FILES if (out / name).exists()] + sorted(path.name for path in out.glob("*.png"))
+    there = [name for name in _names() if (out / name).exists()]
     if there and not overwrite:
-        raise FileExistsError(f"{out} holds {there[:5]} already; choose another directory, or pass --overwrite.")
+        raise FileExistsError(f"{out} holds {there} already; choose another directory, or pass --overwrite.")
+
+
+def _names() -> list[str]:
+    """All files that a report can have."""
+    from ..report.heatmaps import NAMES
+
+    return [*FILES, *(f"{name}.png" for name in NAMES)]
 
 
 def _pictures() -> Any:
@@ -95,49 +120,37 @@ def _pictures() -> Any:
     return write_pictures
 
 
-def _routed(config: Any, adapter: str) -> Any:
-    """The config of an adapter of ours; a ValueError for another."""
-    from ..config import MoeConfig
+def _examples(arguments: argparse.Namespace, config: Any) -> Any:
+    """Some rows of the data, as many of each task, and at least one."""
+    from ..data import check_tasks, read_examples, take_per_task, task_key
 
-    if not isinstance(config, MoeConfig):
-        raise ValueError(f"{adapter} is a {config.peft_type.value} adapter, which routes nothing; give one of ours.")
-    return config
-
-
-def _draw(examples: Any, rows: int) -> Any:
-    """Some rows, as many of each task, and at least one."""
-    from ..data import take_per_task, task_key
-
+    column = arguments.task_column
+    needed = config.needs_tasks or column is not None
+    examples = read_examples(arguments.data, split=arguments.split, task_column=column or "task", task_needed=needed)
     tasks = set(map(task_key, examples["task"]))
-    return take_per_task(examples.shuffle(seed=0), max(1, rows // max(1, len(tasks))))
+    examples = take_per_task(examples.shuffle(seed=0), max(1, arguments.rows // max(1, len(tasks))))
+    if config.needs_tasks:
+        check_tasks(examples, config.task_names)
+    return examples
 
 
 def show(routing: Mapping[str, Any], files: Sequence[Path], pictures: Sequence[Path]) -> None:
     """Print what was found, and where it is written."""
-    from rich.console import Console
+    from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=True)
+    from ..report.layout import clean, new_console
+
+    console = new_console()
     colours = {"bad": "red", "note": "yellow", "good": "green"}
-    console.print(
-        _shown(
-            f"{routing['method']} adapter {routing['adapter']}: {routing['rows']} rows, {routing['tokens']} tokens, "
-            f"{len(routing['tasks'])} tasks, {len(routing['layers'])} routed places"
-        )
-    )
+    lines: list[Any] = [
+        f"{routing['method']} adapter {routing['adapter']}: {routing['rows']} rows, {routing['tokens']} tokens, "
+        f"{len(routing['tasks'])} tasks, {len(routing['layers'])} routed layers"
+    ]
     for finding in routing["findings"]:
-        colour = colours[finding["level"]]
-        console.print(
-            f"[{colour}]{finding['level']:>4}[/{colour}]  [bold]{_shown(finding['title'])}.[/bold] "
-            f"{_shown(finding['text'])}"
-        )
-    for path in files:
-        console.print(f"written: {_shown(str(path))}")
+        level, title, text = (clean(finding[name]) for name in ("level", "title", "text"))
+        lines.append(Text.assemble((f"{level:>4}", colours[level]), "  ", (f"{title}.", "bold"), f" {text}"))
+    lines += [f"written: {path}" for path in files]
     if pictures:
-        console.print(f"written: {len(pictures)} pictures in {_shown(str(pictures[0].parent))}")
-
-
-def _shown(text: str) -> str:
-    """Text of an adapter or of data for the console: no markup, and nothing that moves a terminal's cursor."""
-    from rich.markup import escape
-
-    return escape("".join(letter if letter.isprintable() else "\ufffd" for letter in text))
+        lines.append(f"written: {len(pictures)} pictures in {pictures[0].parent}")
+    for line in lines:
+        console.print(clean(line) if isinstance(line, str) else line, soft_wrap=True)

@@ -20,19 +20,21 @@ from ..folding import BANK
 from ..grouped.config import GroupedMoeConfig
 from ..integrity import FITS, OURS, whole
 from ..medmoe.config import MedMoeLoraConfig
+from ..moelora.config import MoeLoraConfig
 from ..molora.config import MoLoraConfig
-from ..schedule import layer_of
 from .contents import Contents, find_file
+from .names import by_group, by_number, parts_of
 from .routers import describe_routers
 
 FORMAT = 1  # of what `describe` returns
 
 
-def describe(adapter: str | Path, **hub_kwargs: Any) -> dict[str, Any]:
+def describe(adapter: str | Path, *, strict: bool = True, **hub_kwargs: Any) -> dict[str, Any]:
     """What is in a saved adapter.
 
     Args:
         adapter: a directory or Hub id.
+        strict: False for a file whose experts have other ranks than its config says too, which nothing loads.
         hub_kwargs: for a Hub id: `revision`, `token`, `subfolder`, `cache_dir`.
 
     Returns:
@@ -40,8 +42,9 @@ def describe(adapter: str | Path, **hub_kwargs: Any) -> dict[str, Any]:
         method, `fixed` (AT-MoE: weights that a user has fixed), `provenance`, `parameters` (`experts`, `routers`,
         `other`, `trained`: those of them that training changes, and `total`), `layers`, `routers`. A layer has `name`,
         `stack`, `block` and `module` (parts of the name; block None where it has no number), sizes, `experts` (names),
-        their `ranks` and `scaling`, `dtype`, `parameters`, and the name of its `router`, None for a plain LoRA. A
-        router has `kind`: `task`, `token` or `group`; see `describe_routers`.
+        their `ranks` and `scaling` by the config, `total_rank` (MOELoRA: r; else the sum of the ranks), `dtype`,
+        `parameters` in the file, and the name of its `router`, None for a plain LoRA. A router has `kind`: `task`,
+        `token` or `group`; see `describe_routers`.
 
     Raises:
         ValueError: no adapter, one of another package, broken files, or weights that the config does not fit.
@@ -58,13 +61,10 @@ def describe(adapter: str | Path, **hub_kwargs: Any) -> dict[str, Any]:
     path = find_file(adapter, SAFETENSORS_WEIGHTS_NAME, hub_kwargs)
     contents = Contents.of(path)
     _check_names(adapter, contents)
-    layers = [_layer(config, contents, key) for key in _keys_in_order(adapter, contents)]
+    layers = [_layer(config, contents, key, strict=strict) for key in _keys_in_order(adapter, contents)]
     with whole(adapter):
         routers = describe_routers(config, layers, contents.routers)
-    frozen = isinstance(config, GroupedMoeConfig) and not config.train_experts
-    experts, counts = sum(layer["parameters"] for layer in layers), contents.counts
-    in_routers = sum(count for name, count in counts.items() if "moelora_" in name) - experts
-    other = sum(counts.values()) - experts - in_routers
+    grouped = config if isinstance(config, GroupedMoeConfig) else None
     method = method_of(config)
     return {
         "format": FORMAT,
@@ -76,27 +76,39 @@ def describe(adapter: str | Path, **hub_kwargs: Any) -> dict[str, Any]:
         "base_revision": config.revision,
         "task_type": config.task_type,
         "tasks": config.task_names,
-        "groups": config.names if isinstance(config, GroupedMoeConfig) else None,
+        "groups": grouped.names if grouped else None,
         "settings": {name: _plain(getattr(config, name)) for name in method.fields if name != "group_weights"},
-        "fixed": config.group_weights if isinstance(config, GroupedMoeConfig) else None,
-        "provenance": {
-            "peft_version": config.peft_version,
-            "moe_format": config.moe_format,
-            "commit": commit,
-            "file": SAFETENSORS_WEIGHTS_NAME,
-            "bytes": path.stat().st_size,
-            "experts": _origins(config),
-        },
-        "parameters": {
-            "experts": experts,
-            "experts_are_trained": not frozen,
-            "routers": in_routers,
-            "other": other,
-            "trained": in_routers + other + (0 if frozen else experts),
-            "total": experts + in_routers + other,
-        },
+        "fixed": grouped.group_weights if grouped else None,
+        "provenance": _provenance(config, path, commit),
+        "parameters": _parameters(layers, contents, frozen=grouped is not None and not grouped.train_experts),
         "layers": layers,
         "routers": routers,
+    }
+
+
+def _provenance(config: MoeConfig, path: Path, commit: str | None) -> dict[str, Any]:
+    return {
+        "peft_version": config.peft_version,
+        "moe_format": config.moe_format,
+        "commit": commit,
+        "file": SAFETENSORS_WEIGHTS_NAME,
+        "bytes": path.stat().st_size,
+        "experts": _origins(config),
+    }
+
+
+def _parameters(layers: list[dict[str, Any]], contents: Contents, *, frozen: bool) -> dict[str, Any]:
+    """Numbers in the file, by what they are of; the experts may be frozen."""
+    experts, counts = sum(layer["parameters"] for layer in layers), contents.counts
+    routers = sum(count for name, count in counts.items() if "moelora_" in name) - experts
+    other = sum(counts.values()) - experts - routers
+    return {
+        "experts": experts,
+        "experts_are_trained": not frozen,
+        "routers": routers,
+        "other": other,
+        "trained": routers + other + (0 if frozen else experts),
+        "total": experts + routers + other,
     }
 
 
@@ -104,10 +116,17 @@ def read_moe_config(adapter: str | Path, **hub_kwargs: Any) -> MoeConfig:
     """The config of an adapter of this package.
 
     Raises:
-        ValueError: there is none, it is broken, or it is another package's.
+        FileNotFoundError: there is no such folder or Hub repository.
+        ValueError: there is no adapter in it, it is broken, or it is another package's.
     """
-    if Path(adapter).exists() and not (Path(adapter) / (hub_kwargs.get("subfolder") or "") / CONFIG_NAME).is_file():
-        raise ValueError(f"{str(adapter)!r} is no adapter: it has no {CONFIG_NAME}; give the folder of an adapter.")
+    if not Path(adapter).exists():
+        find_file(adapter, CONFIG_NAME, hub_kwargs)  # peft's error names neither folder nor Hub
+    elif not (folder := Path(adapter) / (hub_kwargs.get("subfolder") or "")).joinpath(CONFIG_NAME).is_file():
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))  # one for each name in a model
+        give = (
+            f"there is one in each of its folders {inside}; give one of these" if inside else "give that of an adapter"
+        )
+        raise ValueError(f"The folder {str(adapter)!r} is no adapter: it has no {CONFIG_NAME}; {give}.")
     config = read_config(adapter, **hub_kwargs)
     if not isinstance(config, MoeConfig):
         kind = getattr(config.peft_type, "value", config.peft_type)
@@ -134,32 +153,39 @@ def _keys_in_order(adapter: str | Path, contents: Contents) -> list[str]:
     )
 
 
-def _layer(config: MoeConfig, contents: Contents, key: str) -> dict[str, Any]:
+def _layer(config: MoeConfig, contents: Contents, key: str, *, strict: bool) -> dict[str, Any]:
     prefix = f"base_model.model.{key}.moelora_bank."
     a, b = (contents.shapes.get(f"{prefix}lora_{part}.weight", ()) for part in "AB")
     experts = config.experts_at(key)
-    if len(a) != 2 or len(b) != 2 or not a[0] == b[1] == sum(experts.ranks):
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or (strict and a[0] != sum(experts.ranks)):
         raise ValueError(
             f"The file has lora_A {a} and lora_B {b} at {key!r}, and the config has experts of ranks "
             f"{list(experts.ranks)} there; {FITS}."
         )
-    place = layer_of(key)
-    stack, block = place if place else ("", None)
+    stack, block, module = parts_of(key)
     names, empty = expert_names(config, key), len(expert_names(config, key)) - len(experts.ranks)
     return {
         "name": key,
         "stack": stack,
         "block": block,
-        "module": key if block is None else key.removeprefix(f"{stack}.").partition(".")[2],
+        "module": module,
         "in_features": a[1],
         "out_features": b[0],
         "experts": names,
         "ranks": [0] * empty + list(experts.ranks),  # base experts that are nothing but a share of the weight
         "scaling": [None] * empty + list(experts.scaling),
+        "total_rank": _total_rank(config, key),
         "dtype": contents.dtypes[f"{prefix}lora_A.weight"],
         "parameters": math.prod(a) + math.prod(b),
         "router": None,
     }
+
+
+def _total_rank(config: MoeConfig, key: str) -> int:
+    """The rank of a LoRA of the same size. Of MOELoRA it is what the config calls r, however it is split."""
+    if isinstance(config, MoeLoraConfig):
+        return int(config.at(config.rank_pattern, key, config.r))
+    return sum(config.experts_at(key).ranks)
 
 
 def expert_names(config: MoeConfig, key: str) -> list[str]:
@@ -168,16 +194,14 @@ def expert_names(config: MoeConfig, key: str) -> list[str]:
     They are numbers; `base 0` and `shared 0` for those that stand apart; AT-MoE has `group/name` and `general`.
     """
     if isinstance(config, GroupedMoeConfig):
-        names = [f"{group}/{name}" for group, experts in config.names.items() for name in experts]
-        return [*names, *(["general"] if config.general_expert is not None else [])]
+        return by_group(config.names, general=config.general_expert is not None)[0]
     if isinstance(config, MoLoraConfig):
         n = config.routed_at(key)
         shared = config.num_shared_experts if n > 1 else 0
-        return [*(f"shared {i}" for i in range(shared)), *map(str, range(n))]
+        return by_number(n, shared=shared)
     if isinstance(config, MedMoeLoraConfig):
-        base = [f"base {i}" for i in range(config.num_base_experts)]
-        return [*base, *map(str, range(config.routed_at(key)))]
-    return [str(i) for i in range(len(config.experts_at(key).ranks))]
+        return by_number(config.routed_at(key), base=config.num_base_experts)
+    return by_number(len(config.experts_at(key).ranks))
 
 
 def _origins(config: MoeConfig) -> list[dict[str, Any]] | None:

@@ -53,7 +53,8 @@ def by_depth(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
 
 def stack_of(layer: Layer) -> str:
     """What precedes the number of a block: encoder and decoder both have a block 0."""
-    return str(layer.get("name", "")).split(f".{layer.get('block')}")[0]
+    before, number, _ = f"{layer.get('name', '')}.".partition(f".{layer.get('block')}.")
+    return before if number else ""
 
 
 def several_stacks(layers: Sequence[Layer]) -> bool:

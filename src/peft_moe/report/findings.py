@@ -10,27 +10,24 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Finding = dict[str, Any]
-Layer = Mapping[str, Any]
+from ..routing.statistics import DEAD
+from .measures import COLLAPSED, Layer, divergence, entropy, is_dense, load_of, meant, spread
+from .task_findings import compare_tasks
+from .wording import Finding, advice, count, finding, named
 
-# An expert with less than this part of an even share is called dead, as in training's statistics.
-DEAD = 0.01
-# 0 is all weight on one expert, 1 an even load; below this, 8 experts are used like 2.4 or fewer.
-FEW = 0.2
+# Tokens that an expert of a layer must have been there for, had all got as many, before it is called dead.
+ENOUGH = 10
 # Entropy of a token's weights, as a part of that of even ones. At 0.99, weights of 4 experts differ from even ones by
 # a sixth of their size, root mean square.
 UNDECIDED = 0.99
-# Jensen-Shannon divergence between tasks' loads, in bits: 0 is the same load, 1 two tasks that share no expert. Two
-# experts with (0.5, 0.5) for one task and (0.62, 0.38) for the other are at 0.01, (0.68, 0.32) and (0.32, 0.68) at 0.1.
-ALIKE, APART = 0.01, 0.1
-# Cosine of two experts' updates, above which one could stand for both: what differs is below a third of either.
+# Size of the cosine of two experts' updates, above which one could stand for both: what differs is below a third.
 COPY = 0.95
-
-BASE, GENERAL = "base ", "general"  # experts that are meant to be as they are
 
 
 def findings(routing: Mapping[str, Any]) -> list[Finding]:
     """A summary of a routing, the bad first, then what to note, then what is good.
+
+    Of an adapter whose updates are all zero there is nothing else to say.
 
     Args:
         routing: what `Routing.to_dict()` gives.
@@ -42,48 +39,22 @@ def findings(routing: Mapping[str, Any]) -> list[Finding]:
         >>> for finding in findings(Routing.read("report/routing.json").to_dict()):
         ...     print(finding["level"], finding["title"])
     """
-    layers = routing["layers"]
+    layers, method = routing["layers"], routing["method"]
     if not layers:
         return []
+    untrained = _untrained(layers)
+    if untrained is not None and untrained["numbers"]["zero"] == untrained["numbers"]["layers"]:
+        return [untrained]
     found = [
-        _untrained(layers),
-        _dead(layers),
-        _few(layers),
-        _undecided(layers),
-        _tasks(layers, routing["tasks"]),
-        _copies(layers),
+        untrained,
+        _dead(layers, method),
+        _few(layers, method),
+        _undecided(layers, method),
+        compare_tasks(layers, method),
+        _copies(layers, method),
     ]
-    there = [finding for finding in found if finding is not None]
-    return sorted(there, key=lambda finding: ("bad", "note", "good").index(finding["level"]))
-
-
-def divergence(loads: Sequence[Sequence[float]]) -> float:
-    """Jensen-Shannon divergence of distributions (T, E), each with the same weight, in bits: from 0 to log2 T."""
-    mean = [sum(column) / len(loads) for column in zip(*loads, strict=True)]
-    return max(0.0, (_entropy(mean) - sum(map(_entropy, loads)) / len(loads)) / math.log(2))
-
-
-def undecided_entropy(layer: Layer) -> float | None:
-    """Entropy, in nats, of the weights of a router whose scores are all equal; None where tokens get some experts only.
-
-    Those that a token gets say nothing then of how near the choice was. A general expert keeps its mean weight. Equal
-    scores give groups the same weight, or experts, where groups are not weighed by themselves: what is nearer.
-    """
-    experts, group_of = layer["experts"], layer["group_of"]
-    if layer["chosen_per_token"] < len(experts) - 0.5:
-        return None
-    if group_of is None:
-        return math.log(len(experts))
-    general = sum(load for load, group in zip(layer["load"], group_of, strict=True) if group < 0)
-    load = [load for load, group in zip(layer["load"], group_of, strict=True) if group >= 0]
-    if not sum(load):
-        return None
-    groups = [group for group in group_of if group >= 0]
-    by_group = [1 / len(set(groups)) / groups.count(group) for group in groups]
-    even = [by_group, [1 / len(groups)] * len(groups)]
-    shares = [value / sum(load) for value in load]
-    nearest = min(even, key=lambda weights: divergence([weights, shares]))
-    return _entropy([general, 1 - general]) + (1 - general) * _entropy(nearest)
+    there = [one for one in found if one is not None]
+    return sorted(there, key=lambda one: ("bad", "note", "good").index(one["level"]))
 
 
 def _untrained(layers: Sequence[Layer]) -> Finding | None:
@@ -95,158 +66,146 @@ def _untrained(layers: Sequence[Layer]) -> Finding | None:
     numbers = {"layers": len(known), "zero": len(zero)}
     if len(zero) == len(known):
         text = (
-            f"All experts' updates are zero in all {len(known)} places, as in a new adapter: the model does what its "
+            f"All experts' updates are zero in all {len(known)} layers, as in a new adapter: the model does what its "
             "base model does. Train it, or look whether the weights were saved and loaded."
         )
-        return _finding("bad", "The adapter is untrained", text, zero, numbers)
+        return finding("bad", "The adapter is untrained", text, zero, numbers)
     text = (
-        f"All experts' updates are zero in {len(zero)} of {len(known)} places, which then do what the base model does. "
+        f"All experts' updates are zero in {len(zero)} of {len(known)} layers, which then do what the base model does. "
         "Look whether these layers were to be trained."
     )
-    return _finding("bad", f"{len(zero)} places are untrained", text, zero, numbers)
+    return finding("bad", f"{count(len(zero), 'layer')} untrained", text, zero, numbers)
 
 
-def _dead(layers: Sequence[Layer]) -> Finding:
-    dead = {layer["name"]: names for layer in layers if (names := _dead_in(layer))}
-    count, total = sum(map(len, dead.values())), sum(len(list(_meant(layer))) for layer in layers)
-    numbers = {"dead": count, "experts": total, "threshold": DEAD, "names": dead}
-    if not count:
-        text = f"Each of the {total} experts gets at least {DEAD:.0%} of an even share of the weight in its place."
-        return _finding("good", "No dead experts", text, (), numbers)
+def _dead(layers: Sequence[Layer], method: str) -> Finding:
+    known = [layer for layer in layers if layer["tokens"] * layer["chosen_per_token"] >= ENOUGH * len(layer["experts"])]
+    tokens = max(layer["tokens"] for layer in layers)
+    if not known:
+        text = f"{count(tokens, 'token')} are too few to say of an expert that nobody uses it: give more rows."
+        return finding("note", "Too few tokens for dead experts", text, (), {"tokens": tokens, "enough": ENOUGH})
+    dead = {layer["name"]: names for layer in known if (names := _dead_in(layer))}
+    n, total = sum(map(len, dead.values())), sum(len(meant(layer)) for layer in known)
+    numbers = {"dead": n, "experts": total, "threshold": DEAD, "tokens": tokens, "names": dead}
+    if not n:
+        text = (
+            f"Over {tokens} tokens each of the {total} experts gets at least {DEAD:.0%} of an even share in its layer."
+        )
+        return finding("good", "No dead experts", text, (), numbers)
     text = (
-        f"{count} of {total} experts get less than {DEAD:.0%} of an even share of the weight over these rows. If other "
-        "rows do not use them either, they are wasted: try a balance_loss, a lower learning rate, or fewer experts."
+        f"{n} of {total} experts get less than {DEAD:.0%} of an even share of the weight over these {tokens} "
+        f"tokens. If other rows do not use them either, they are wasted: try {advice('dead', method)}."
     )
-    return _finding("bad", f"{count} dead expert{'s' * (count > 1)}", text, _named(layers, dead), numbers)
+    return finding("bad", count(n, "dead expert"), text, named(layers, dead), numbers)
 
 
 def _dead_in(layer: Layer) -> list[str]:
-    even = 1 / len(layer["experts"])
-    return [layer["experts"][i] for i in _meant(layer) if layer["load"][i] < DEAD * even]
+    experts = meant(layer)
+    load = load_of(layer, experts)
+    return [layer["experts"][i] for i, share in zip(experts, load, strict=False) if share < DEAD / len(experts)]
 
 
-def _meant(layer: Layer) -> list[int]:
-    """Experts that the router is meant to use."""
-    experts = enumerate(layer["experts"])
-    if layer["group_of"] is not None:
-        return [i for i, _ in experts if layer["group_of"][i] >= 0]
-    return [i for i, name in experts if not name.startswith(BASE)]
-
-
-def _few(layers: Sequence[Layer]) -> Finding | None:
-    wide = [layer for layer in layers if len(layer["experts"]) > 1]
-    spread = {layer["name"]: (layer["effective_experts"] - 1) / (len(layer["experts"]) - 1) for layer in wide}
-    few = {name: value for name, value in spread.items() if value < FEW}
-    mean = sum(layer["effective_experts"] for layer in wide) / len(wide) if wide else 0.0
-    experts = sum(len(layer["experts"]) for layer in wide) / len(wide) if wide else 0.0
-    numbers = {"mean_effective_experts": mean, "mean_experts": experts, "threshold": FEW, "few": len(few)}
+def _few(layers: Sequence[Layer], method: str) -> Finding | None:
+    wide = {layer["name"]: load for layer in layers if len(load := load_of(layer, meant(layer))) > 1}
     if not wide:
         return None
-    used = f"by its load, a place uses its {experts:.3g} experts on average like {mean:.3g} with even shares"
+    chosen = {layer["name"]: sum(layer["chosen"][i] for i in meant(layer)) for layer in layers}
+    few = {name: value for name, load in wide.items() if (value := spread(load, chosen[name])) < COLLAPSED}
+    mean = sum(math.exp(entropy(load)) for load in wide.values()) / len(wide)
+    experts = sum(map(len, wide.values())) / len(wide)
+    numbers = {"mean_effective_experts": mean, "mean_experts": experts, "threshold": COLLAPSED, "few": len(few)}
+    beside = (
+        ", beside the general expert," if any(layer["group_of"] and -1 in layer["group_of"] for layer in layers) else ""
+    )
+    used = f"on average the load{beside} is as uneven as if {mean:.1f} of {experts:.3g} experts were used equally"
     if few:
         text = (
-            f"In {len(few)} of {len(wide)} places nearly all weight goes to the same few experts; {used}. With rows of "
-            "one task that may be meant; otherwise try a balance_loss, a higher temperature or a lower learning rate."
+            f"In {len(few)} of {len(wide)} layers nearly all tokens go to the same few experts; {used}. With rows of "
+            f"one kind that may be meant; otherwise try {advice('few', method)}."
         )
-        return _finding("bad", "Routing has collapsed to few experts", text, _named(layers, few), numbers)
-    return _finding("good", "The load is spread", f"No place leaves most experts unused: {used}.", (), numbers)
+        return finding("bad", "Routing has collapsed to few experts", text, named(layers, few), numbers)
+    return finding(
+        "good", "The load is spread", f"No layer sends all tokens to the same few experts: {used}.", (), numbers
+    )
 
 
-def _undecided(layers: Sequence[Layer]) -> Finding | None:
-    """Weights near even for every token."""
-    most = {layer["name"]: undecided_entropy(layer) for layer in layers}
-    dense = [layer for layer in layers if most[layer["name"]]]
-    if not dense:
+def undecided_entropy(layer: Layer) -> float | None:
+    """Entropy, in nats, of the weights of a router whose scores are all equal; None where tokens get some experts only.
+
+    Those that a token gets say nothing then of how near the choice was. A general expert keeps its mean weight. Equal
+    scores give groups the same weight, or experts, where groups are not weighed by themselves: what is nearer.
+    """
+    experts, group_of = layer["experts"], layer["group_of"]
+    if not is_dense(layer["chosen_per_token"], len(experts)):
         return None
-    parts = {layer["name"]: layer["entropy"] / (most[layer["name"]] or 1.0) for layer in dense}
+    if group_of is None:
+        return math.log(len(experts))
+    shares = load_of(layer, meant(layer))
+    if not shares:
+        return None
+    groups = [group for group in group_of if group >= 0]
+    by_group = [1 / len(set(groups)) / groups.count(group) for group in groups]
+    even = [by_group, [1 / len(groups)] * len(groups)]
+    nearest = min(even, key=lambda weights: divergence([weights, shares]))
+    general = _general(layer)
+    return entropy([general, 1 - general]) + (1 - general) * entropy(nearest)
+
+
+def _general(layer: Layer) -> float:
+    """The load of AT-MoE's general expert."""
+    return sum(load for load, group in zip(layer["load"], layer["group_of"] or (), strict=False) if group < 0)
+
+
+def _undecided(layers: Sequence[Layer], method: str) -> Finding | None:
+    """Weights near even for every token, of the experts that there is a choice of."""
+    parts: dict[str, float] = {}
+    for layer in layers:
+        general = _general(layer)
+        beside = entropy([general, 1 - general])  # λ is the same for all tokens, and no choice
+        most = undecided_entropy(layer)
+        if most is not None and most - beside > 1e-9:
+            parts[layer["name"]] = (layer["entropy"] - beside) / (most - beside)
+    if not parts:
+        return None
     even = {name: part for name, part in parts.items() if part >= UNDECIDED}
     mean = sum(parts.values()) / len(parts)
-    numbers = {"mean_part_of_even_entropy": mean, "threshold": UNDECIDED, "undecided": len(even), "layers": len(dense)}
+    numbers = {"mean_part_of_even_entropy": mean, "threshold": UNDECIDED, "undecided": len(even), "layers": len(parts)}
     if not even:
-        text = f"The entropy of a token's weights is {mean:.1%} of that of even weights, on average over places."
-        return _finding("good", "Routers decide", text, (), numbers)
+        text = f"The entropy of a token's weights is {mean:.1%} of that of even weights, on average over layers."
+        return finding("good", "Routers decide", text, (), numbers)
     text = (
-        f"In {len(even)} of {len(dense)} places a token's weights are nearly even: their entropy is {UNDECIDED:.0%} or "
-        "more of the highest there is, so that the router decides next to nothing. Try a higher learning rate, longer "
-        "training, a lower temperature or a smaller top_k."
+        f"In {len(even)} of {len(parts)} layers a token's weights are nearly even: their entropy is {UNDECIDED:.0%} or "
+        f"more of the highest there is, so that the router decides next to nothing. Try {advice('undecided', method)}."
     )
-    level = "bad" if 2 * len(even) > len(dense) else "note"
-    title = "Routing is uniform" if level == "bad" else f"Routing is uniform in {len(even)} places"
-    return _finding(level, title, text, _named(layers, even), numbers)
+    level = "bad" if 2 * len(even) > len(parts) else "note"
+    title = "Routing is uniform" if level == "bad" else f"Routing is uniform in {count(len(even), 'layer')}"
+    return finding(level, title, text, named(layers, even), numbers)
 
 
-def _tasks(layers: Sequence[Layer], tasks: Sequence[str]) -> Finding | None:
-    several = [layer for layer in layers if len(layer["tasks"]) > 1]
-    if not several:
-        return None
-    values = {layer["name"]: divergence([t["load"] for t in layer["tasks"].values()]) for layer in several}
-    mean, (top, most) = sum(values.values()) / len(values), max(values.items(), key=lambda item: item[1])
-    pairs = {
-        pair: sum(_of_pair(layer, pair) for layer in several) / len(several)
-        for pair in itertools.combinations(
-            [task for task in tasks if all(task in layer["tasks"] for layer in several)], 2
-        )
-    }
-    numbers: dict[str, Any] = {"mean_divergence": mean, "max_divergence": most, "alike": ALIKE, "apart": APART}
-    text = (
-        f"The tasks' loads differ by {mean:.3f} bits (Jensen-Shannon divergence, mean over {len(values)} places; at "
-        f"most {most:.3f}, in {top}); 0 is no difference. "
-    )
-    if pairs:
-        (a, b), least = min(pairs.items(), key=lambda item: item[1])
-        numbers |= {"closest": [a, b], "closest_divergence": least}
-        text += f"Closest are {a} and {b} with {least:.3f} bits. " if len(tasks) > 2 else ""
-    if mean < ALIKE:
-        text += (
-            "So tasks share the experts in the same parts, as in one LoRA for all. If they should differ, try a "
-            "higher learning rate for the router, a smaller top_k, or a weaker balance_loss."
-        )
-        return _finding("bad" if most < ALIKE else "note", "Tasks share everything", text, list(values), numbers)
-    if mean >= APART:
-        return _finding("good", "Tasks are well separated", text + "Tasks use experts of their own.", (), numbers)
-    return _finding("good", "Tasks differ in part", text + "Tasks share experts in different parts.", (), numbers)
-
-
-def _of_pair(layer: Layer, pair: tuple[str, str]) -> float:
-    return divergence([layer["tasks"][task]["load"] for task in pair])
-
-
-def _copies(layers: Sequence[Layer]) -> Finding | None:
-    """Pairs of experts with nearly the same update."""
+def _copies(layers: Sequence[Layer], method: str) -> Finding | None:
+    """Pairs of experts with nearly the same update, or with one that is the other's mirror image."""
     pairs: list[float] = []
     copies: dict[str, list[str]] = {}
     for layer in layers:
         cosine = layer["similarity"] or []
         there = [i for i, row in enumerate(cosine) if row[i] != 0]
         for i, j in itertools.combinations(there, 2):
-            pairs.append(cosine[i][j])
-            if cosine[i][j] > COPY:
-                copies.setdefault(layer["name"], []).append(f"{layer['experts'][i]} = {layer['experts'][j]}")
+            pairs.append(abs(cosine[i][j]))
+            if pairs[-1] > COPY:
+                sign = "=" if cosine[i][j] > 0 else "= -"
+                copies.setdefault(layer["name"], []).append(f"{layer['experts'][i]} {sign} {layer['experts'][j]}")
     if not pairs:
         return None
-    count, mean, most = sum(map(len, copies.values())), sum(pairs) / len(pairs), max(pairs)
-    numbers = {"pairs": len(pairs), "copies": count, "mean_cosine": mean, "max_cosine": most, "threshold": COPY}
-    if count:
+    n, mean, most = sum(map(len, copies.values())), sum(pairs) / len(pairs), max(pairs)
+    numbers = {"pairs": len(pairs), "copies": n, "mean_cosine": mean, "max_cosine": most, "threshold": COPY}
+    if n:
         text = (
-            f"{count} of {len(pairs)} pairs of experts in the same place have updates with a cosine above {COPY} (mean "
-            f"{mean:.2f}): one could stand for both. Try fewer experts, a smaller top_k, or another seed."
+            f"{n} of {len(pairs)} pairs of experts in the same layer have updates whose cosine is above {COPY} in "
+            f"size (mean {mean:.2f}), a copy or mirror image: one could stand for both. Try {advice('copies', method)}."
         )
-        level = "bad" if 10 * count > len(pairs) else "note"
-        return _finding(level, "Experts are copies", text, _named(layers, copies), numbers | {"names": copies})
+        level = "bad" if 10 * n > len(pairs) else "note"
+        return finding(level, "Experts are copies", text, named(layers, copies), numbers | {"names": copies})
     text = (
-        f"The cosine of two experts' updates is {mean:.2f} on average over {len(pairs)} pairs, and at most {most:.2f}."
+        f"The size of the cosine of two experts' updates is {mean:.2f} on average over {count(len(pairs), 'pair')}, "
+        f"and at most {most:.2f}; 1 would be a copy or mirror image."
     )
-    return _finding("good", "Experts differ", text, (), numbers)
-
-
-def _entropy(values: Sequence[float]) -> float:
-    return -sum(value * math.log(value) for value in values if value > 0)
-
-
-def _named(layers: Sequence[Layer], names: Mapping[str, Any]) -> list[Layer]:
-    return [layer for layer in layers if layer["name"] in names]
-
-
-def _finding(level: str, title: str, text: str, where: Sequence[Layer | str], numbers: Mapping[str, Any]) -> Finding:
-    names = [layer if isinstance(layer, str) else layer["name"] for layer in where]
-    return {"level": level, "title": title, "text": text, "where": names, "numbers": dict(numbers)}
+    return finding("good", "Experts differ", text, (), numbers)

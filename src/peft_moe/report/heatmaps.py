@@ -18,22 +18,21 @@ from .by_layer import (
     Layer,
     alike,
     by_depth,
-    effective_experts,
     finite_max,
-    finite_mean,
     mean_load,
     module_of,
     name_of,
     of_task,
     several_stacks,
 )
-from .panels import Panel, even_text, heat, label, new_figure, thinned
+from .depth_maps import SHARE, draw_depth, draw_similarity
+from .panels import Panel, even_text, heat, label, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FEW = 16  # layers that share one panel, each with its name; panels of one figure
-SHARE = "share of the weight"
+NAMES = ("layers", "tasks", "groups", "depth", "similarity")  # of the figures
 
 
 def draw(routing: Mapping[str, Any]) -> dict[str, Figure]:
@@ -63,8 +62,8 @@ def draw(routing: Mapping[str, Any]) -> dict[str, Figure]:
         "layers": lambda: _draw_layers(layers, of),
         "tasks": lambda: _draw_tasks(layers, [str(task) for task in routing.get("tasks") or ()], of),
         "groups": lambda: _draw_groups(layers, [str(group) for group in routing.get("groups") or ()], of),
-        "depth": lambda: _draw_depth(layers, of),
-        "similarity": lambda: _draw_similarity(layers, of),
+        "depth": lambda: draw_depth(layers, of),
+        "similarity": lambda: draw_similarity(layers, of),
     }
     figures = {name: make() for name, make in made.items()}
     return {name: figure for name, figure in figures.items() if figure is not None}
@@ -136,9 +135,7 @@ def _draw_layers(layers: Sequence[Layer], of: str) -> Figure:
     rows = math.ceil(len(panels) / columns)
     height = max(2.2, min(6.5, 0.26 * max(map(len, panels.values()))))
     width = max(2.6, min(9.0, 0.32 * wide)) + (0 if by_module else 2.0)
-    figure, axes = new_figure(
-        rows, columns, width, height, f"Where the weight goes: load of each expert by layer, {of}"
-    )
+    figure, axes = new_figure(rows, columns, width, height, "Where the weight goes: load of each expert by layer", of)
     for axis, (name, part) in zip(axes, panels.items(), strict=False):
         grid = np.full((len(part), wide), np.nan)
         for row, layer in enumerate(part):
@@ -167,8 +164,8 @@ def _draw_tasks(layers: Sequence[Layer], tasks: Sequence[str], of: str) -> Figur
     rows = math.ceil((1 + len(shown)) / columns)
     width = max(2.8, min(7.0, 0.32 * len(experts)))
     height = max(2.4, min(5.0, 0.26 * max(len(tasks), len(depths))))
-    title = f"Do tasks use different experts? Load of each expert by task, {of}{note}"
-    figure, axes = new_figure(rows, columns, width, height, title)
+    title = f"Do tasks use different experts? Load of each expert by task{note}"
+    figure, axes = new_figure(rows, columns, width, height, title, of)
     panel = Panel(title="all layers", x="expert", y="task", columns=experts, rows=tasks)
     image = heat(axes[0], grid, panel, top=top, size=(width, height))
     for axis, task, values in zip(axes[1:], shown, in_depth, strict=False):
@@ -191,8 +188,7 @@ def _draw_groups(layers: Sequence[Layer], groups: Sequence[str], of: str) -> Fig
     by_block = np.asarray([layer["group_load"] for layer in part], float)
     width = max(4.0, min(9.0, 0.5 * len(experts)))
     height = max(2.6, min(7.0, 0.26 * len(part)))
-    title = f"Which groups the input gets, {of}{note}"
-    figure, axes = new_figure(1, 2, width, height, title)
+    figure, axes = new_figure(1, 2, width, height, f"Which groups the input gets{note}", of)
     size = (width, height)
     even = 1 / len(experts)
     panel = Panel(title="experts by group, mean over layers", x="expert", y="group", columns=experts, rows=rows)
@@ -204,83 +200,4 @@ def _draw_groups(layers: Sequence[Layer], groups: Sequence[str], of: str) -> Fig
     top = min(1.0, max(2 * even, finite_max(by_block)))
     image = heat(axes[1], by_block, panel, top=top, size=size, numbers=True)
     even_text(figure, image, axes[1:], "weight in the mixture", even)
-    return figure
-
-
-def _draw_depth(layers: Sequence[Layer], of: str) -> Figure:
-    """Lines over blocks, means over the layers of a block; with points for layers where a block has several."""
-    depths = by_depth(layers)
-    x = np.arange(len(depths))
-    figure, axes = new_figure(1, 3, 4.2, 3.0, f"Load and entropy by depth, {of}")
-    load, effective, entropy = axes
-
-    def lines(axis: Any, value: Callable[[Layer], float], text: str, colour: str, style: str = "-") -> None:
-        values = [[value(layer) for layer in group] for group in depths.values()]
-        axis.plot(
-            x, [finite_mean(group) for group in values], style, color=colour, marker="o", markersize=3, label=text
-        )
-        if style == "-" and any(len(group) > 1 for group in values):
-            spread = [(i, v) for i, group in enumerate(values) for v in group]
-            axis.scatter(*zip(*spread, strict=True), s=5, color=colour, alpha=0.3, linewidths=0)
-
-    lines(load, lambda layer: finite_max(layer["load"]), "largest of a layer", "C0")
-    lines(load, lambda layer: -finite_max([-v for v in layer["load"]], low=-1.0), "smallest of a layer", "C1")
-    lines(load, lambda layer: 1 / len(layer["load"]), "even share", "0.4", ":")
-    lines(effective, lambda layer: effective_experts(layer["load"]), "in effect: exp(entropy of load)", "C2")
-    lines(effective, lambda layer: float(len(layer["load"])), "all there are", "0.4", ":")
-    there = [layer for layer in layers if layer.get("entropy") is not None]
-    if there:
-        depths = by_depth(there)
-        x = np.arange(len(depths))
-        lines(entropy, lambda layer: float(layer["entropy"]), "of a token's weights", "C3")
-        lines(entropy, lambda layer: math.log(len(layer["load"])), "even weights", "0.4", ":")
-    else:
-        entropy.set_visible(False)
-    names = list(by_depth(layers))
-    for axis, title, unit in [
-        (load, "largest and smallest load", SHARE), (effective, "experts in effect", "experts"),
-        (entropy, "how undecided a token is", "entropy in nats"),
-    ]:  # fmt: skip
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("block")
-        axis.set_ylabel(unit)
-        axis.set_ylim(bottom=0, top=1.22 * max(axis.get_ylim()[1], 1e-6))
-        thinned(axis.xaxis, names, most=8)
-        if axis.get_visible():
-            axis.legend(
-                fontsize=7, loc="upper right", ncols=2 if axis is not load else 3, handlelength=1.2, columnspacing=0.8
-            )
-    return figure
-
-
-def _draw_similarity(layers: Sequence[Layer], of: str) -> Figure | None:
-    part, note = alike([layer for layer in layers if layer.get("similarity")], len(layers))
-    e = len(part[0]["experts"]) if part else 0
-    if e < 2:
-        return None
-    every = np.asarray([layer["similarity"] for layer in part], float)  # (L, E, E)
-    grid = np.abs(every).mean(0)
-    apart = ~np.eye(e, dtype=bool)
-    depths = by_depth(part)
-    largest = [
-        max(finite_max(np.abs(np.asarray(layer["similarity"], float)[apart])) for layer in g) for g in depths.values()
-    ]
-    middle = [
-        finite_mean([np.abs(np.asarray(layer["similarity"], float)[apart]).mean() for layer in g])
-        for g in depths.values()
-    ]
-    width = max(4.0, min(7.0, 0.4 * e))
-    figure, axes = new_figure(1, 2, width, max(3.4, 0.8 * width), f"Are experts copies of each other? {of}{note}")
-    experts = part[0]["experts"]
-    panel = Panel(title="size of the cosine, mean over layers", x="expert", y="expert", columns=experts, rows=experts)
-    image = heat(axes[0], grid, panel, top=1.0, size=(width, max(3.4, 0.8 * width)), numbers=True)
-    even_text(figure, image, axes[:1], "|cosine| of two experts' updates", None)
-    axes[1].plot(largest, marker="o", markersize=3, label="two most alike in a block")
-    axes[1].plot(middle, marker="o", markersize=3, label="mean over pairs")
-    axes[1].set_title("by depth: 1 is a copy", fontsize=9)
-    axes[1].set_xlabel("block")
-    axes[1].set_ylabel("|cosine|")
-    axes[1].set_ylim(0, 1.05)
-    axes[1].legend(fontsize=7)
-    thinned(axes[1].xaxis, list(depths), most=8)
     return figure

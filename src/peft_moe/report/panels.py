@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,8 +40,14 @@ class Panel:
     rows: Sequence[str]
 
 
-def new_figure(rows: int, columns: int, width: float, height: float, title: str) -> tuple[Figure, list[Axes]]:
+def new_figure(rows: int, columns: int, width: float, height: float, title: str, of: str) -> tuple[Figure, list[Axes]]:
     """A figure of panels, each of so many inches, that pyplot does not know; and the panels, row by row.
+
+    Args:
+        rows, columns: of panels.
+        width, height: of a panel.
+        title: a sentence, on as many lines as it takes.
+        of: what the figure is of, below it.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -51,7 +58,8 @@ def new_figure(rows: int, columns: int, width: float, height: float, title: str)
     figure: Figure = figure_module.Figure(figsize=size, dpi=DPI, layout="constrained")
     _optional("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    figure.suptitle(label(title, int(size[0] * 12)), fontsize=10, **PLAIN)
+    wide = int(size[0] * 12)
+    figure.suptitle("\n".join([*wrap(title, wide), label(of, wide)]).rstrip(), fontsize=10, **PLAIN)
     return figure, axes
 
 

@@ -17,12 +17,9 @@ from ..bank import ExpertBank
 from ..grouped import GroupedMoeConfig
 from ..layer import IN_BASE_EXPERTS, MoeLinear
 from ..routing import GroupedRouter, Router, TaskRouter, TokenRouter
-from ..schedule import layer_of
 from ..tuner import MoeTuner
+from .names import by_group, by_number, parts_of
 from .similarity import similarity
-
-GENERAL = "general"  # the name of AT-MoE's general expert
-BASE = "base "  # what names of base experts begin with
 
 # Gets a router, its weights (k, m, E), k rows or 1 for all, m tokens or 1 for all; and those of groups (k, m, G).
 Sink = Callable[[Router, torch.Tensor, "torch.Tensor | None"], None]
@@ -48,13 +45,12 @@ class Place:
 
     def describe(self) -> dict[str, Any]:
         """What a report says of it that does not depend on data."""
-        of = layer_of(self.name)
-        block = ".".join(filter(None, (of[0], str(of[1])))) if of else ""
+        _, block, module = parts_of(self.name)
         ranks = [max(of_expert) for of_expert in zip(*(bank.ranks for bank in self.banks), strict=True)]
         return {
             "name": self.name,
-            "block": of[1] if of else None,
-            "module": self.name.removeprefix(block).removeprefix("."),
+            "block": block,
+            "module": module,
             "experts": self.experts,
             "ranks": [0] * self._empty + ranks[self._shared :],
             "group_of": self.group_of,
@@ -107,14 +103,10 @@ def places_of(tuner: MoeTuner, adapter: str) -> tuple[list[Place], list[str]]:
 
 def _experts(config: Any, router: Router, bank: ExpertBank) -> tuple[list[str], list[int] | None]:
     if isinstance(router, GroupedRouter) and isinstance(config, GroupedMoeConfig):
-        names = [f"{group}/{name}" for group, experts in config.names.items() for name in experts]
-        group_of = [i for i, experts in enumerate(config.names.values()) for _ in experts]
-        general = int(router.has_general)
-        return names + [GENERAL] * general, group_of + [-1] * general
+        return by_group(config.names, general=router.has_general)
     if isinstance(router, TokenRouter):
-        special = router.gate.num_experts - router.num_base
-        return [*(f"{BASE}{i}" for i in range(router.num_base)), *map(str, range(special))], None
-    return list(map(str, range(len(bank.ranks)))), None
+        return by_number(router.gate.num_experts - router.num_base, base=router.num_base), None
+    return by_number(len(bank.ranks)), None
 
 
 class Watch:

@@ -33,11 +33,12 @@ _LAYER: dict[str, tuple[type | tuple[type, ...], str | None]] = {
     "chosen_per_token": ((int, float), None),
     "tasks": (dict, None),
 }
-_OPTIONAL: dict[str, tuple[type, str | None]] = {
+_OPTIONAL: dict[str, tuple[type | tuple[type, ...], str | None]] = {
     "block": (int, None),
     "group_of": (list, _EXPERTS),
     "group_load": (list, _GROUPS),
     "similarity": (list, _EXPERTS),
+    "chance_divergence": ((int, float), None),
 }
 
 
@@ -133,12 +134,14 @@ class Sample:
         tokens: n pieces of text, which joined read as the text; empty for a token in the middle of a character.
         prompt_tokens: how many of them are the prompt; the others are the answer.
         weights: by layer of the `Routing`, (n, E), or (1, E) where they are the same for all tokens; on the CPU.
+        cut: how many tokens of the row are left out before these.
     """
 
     task: str | None
     tokens: list[str]
     prompt_tokens: int
     weights: list[torch.Tensor]
+    cut: int = 0
 
 
 Samples = list[Sample]

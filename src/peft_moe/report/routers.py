@@ -23,6 +23,7 @@ from ..molora.config import MoLoraConfig
 from ..routing import TokenGate
 from ..schedule import layer_of
 from ..token_routed import OF_ENCODER
+from .names import SHARED, by_group
 
 MOST_WEIGHTS = 1_000_000  # of a gate's table; a file of a few kilobytes could ask for one that fills the memory
 
@@ -90,7 +91,7 @@ def _task_router(config: MoeLoraConfig, experts: list[str], tensors: StateDict, 
 
 def _token_router(config: MoeConfig, layer: dict[str, Any], tensors: StateDict) -> dict[str, Any]:
     prefix = f"base_model.model.{layer['name']}.moelora_router."
-    experts = [name for name in layer["experts"] if not name.startswith("shared ")]
+    experts = [name for name in layer["experts"] if not name.startswith(SHARED)]
     if isinstance(config, MoLoraConfig):
         options: dict[str, Any] = {"bias": config.router_bias}
     elif isinstance(config, MedMoeLoraConfig):
@@ -147,7 +148,7 @@ def _group_router(config: GroupedMoeConfig, tensors: StateDict, prefix: str) -> 
     return {
         "kind": "group",
         "groups": list(names),
-        "experts": [f"{group}/{name}" for group, experts in names.items() for name in experts],
+        "experts": by_group(names, general=False)[0],
         "parameters": _counts(tensors, prefix),
         "group_norms": _norms(gate.weight[: gate.num_groups]) if gate.num_groups else None,
         "expert_norms": None if gate.static else _norms(gate.weight[gate.num_groups :]),
@@ -159,7 +160,7 @@ def _group_router(config: GroupedMoeConfig, tensors: StateDict, prefix: str) -> 
 
 def _weighed(layer: dict[str, Any]) -> int:
     """How many experts of a layer a router that sees tokens weighs; 1 is no router."""
-    return sum(not name.startswith("shared ") for name in layer["experts"])
+    return sum(not name.startswith(SHARED) for name in layer["experts"])
 
 
 def _norms(rows: torch.Tensor) -> list[float]:

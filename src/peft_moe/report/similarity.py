@@ -33,7 +33,7 @@ def similarity(banks: Sequence[ExpertBank]) -> torch.Tensor:
     counts = sorted({len(bank.ranks) for bank in banks})
     if len(counts) != 1:
         raise ValueError(f"Banks of {counts} experts cannot be compared; give at least one, all of the same experts.")
-    inner = sum(_inner(bank).double().cpu() for bank in banks)
+    inner = sum(map(_inner, banks))
     assert isinstance(inner, torch.Tensor)
     norm = inner.diagonal().clamp_min(0).sqrt()
     there = norm > 0
@@ -44,31 +44,8 @@ def similarity(banks: Sequence[ExpertBank]) -> torch.Tensor:
     return cosine * there.unsqueeze(0) * there.unsqueeze(1)
 
 
-def mean_cosine(cosine: torch.Tensor) -> float | None:
-    """The mean over pairs of different experts that add something; None if there is no pair.
-
-    Args:
-        cosine: (E, E), as from `similarity`.
-    """
-    pairs = _pairs(cosine)
-    return pairs.mean().item() if len(pairs) else None
-
-
-def largest_cosine(cosine: torch.Tensor) -> float | None:
-    """The same for the two that are most alike."""
-    pairs = _pairs(cosine)
-    return pairs.max().item() if len(pairs) else None
-
-
-def _pairs(cosine: torch.Tensor) -> torch.Tensor:
-    there = cosine.diagonal() != 0
-    cosine = cosine[there][:, there]
-    i, j = torch.triu_indices(len(cosine), len(cosine), offset=1)
-    return cosine[i, j]
-
-
 def _inner(bank: ExpertBank) -> torch.Tensor:
-    """(E, E) inner products of the scaled updates."""
+    """(E, E) inner products of the scaled updates, in float64 on the CPU."""
     bank.check_weights()
     a, b = bank.lora_A.weight, bank.lora_B.weight
     wide = torch.promote_types(a.dtype, torch.float32)
@@ -81,4 +58,5 @@ def _inner(bank: ExpertBank) -> torch.Tensor:
         inner = spread @ ((b.T @ b) * (a @ a.T)) @ spread.T
     if not torch.isfinite(inner).all():
         raise ValueError("Experts have weights that are NaN or infinite; load an earlier checkpoint.")
-    return inner.double() * (size[0].double() * size[1].double()).square() if a.device.type != "mps" else inner
+    inner, size = inner.cpu().double(), size.cpu().double()  # some devices have no float64
+    return inner * (size[0] * size[1]).square()

@@ -147,12 +147,19 @@ def show_diversity(found: Mapping[str, Any], console: Console) -> None:
 def show_uniform(found: Mapping[str, Any], console: Console) -> None:
     """Print what `verify.ablate` returned."""
     before, after = found["as_it_is"], found["uniform"]
-    table = new_table(["task", "metric"], ["rows", "as it is", "uniform gates", "difference"])
+    table = new_table(["task", "metric"], ["rows", "as it is", "uniform", "change", "lower", "higher", "p"])
     for task, result in before.items():
         metric = "" if task == "mean" else str(result["metric"])
         scores = [f"{result['score']:.3f}", f"{after[task]['score']:.3f}", f"{found['difference'][task]:+.3f}"]
-        table.add_row(clean(task), clean(metric), str(result["n"]), *scores, style="bold" if task == "mean" else None)
-    show("Scores of greedy answers", table, console)
+        sign = found["signs"][task]
+        rows = [str(sign["worse"]), str(sign["better"]), f"{sign['p']:.2g}"]
+        style = "bold" if task == "mean" else None
+        table.add_row(clean(task), clean(metric), str(result["n"]), *scores, *rows, style=style)
+    show(
+        "Scores of greedy answers as it is and with uniform gates, and rows that then score lower or higher",
+        table,
+        console,
+    )
     _say(found, console)
 
 

@@ -5,18 +5,26 @@ Shapes: ... any leading axes · E experts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 
 from ..config import MoeConfig, PeftMoeType
+from ..data import task_key
 from ..grouped.config import GroupedMoeConfig
 from ..grouped.model import GroupedMoeModel
 from ..layer import MoeLinear
+from ..metrics import load_metric
 from ..tuner import MoeTuner
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..data import TaskInfo
 
 SELECTS = ("select", "inference_select")  # what of a router turns scores into weights
 # What uniform gates are, by type of the adapter.
@@ -29,6 +37,8 @@ MEANING = {
     "all experts. The general expert keeps its share.",
 }
 Results = Mapping[str, Mapping[str, Any]]  # by task, as `evaluation.score` makes them
+Rate = Callable[[int, str], float]  # of a row by its number, and an answer to it
+LEVEL = 0.05  # p below which a difference is called more than chance
 
 
 def even(scores: torch.Tensor) -> torch.Tensor:
@@ -104,7 +114,12 @@ def even_groups(config: GroupedMoeConfig) -> dict[str, Any]:
 
 
 def ablate(
-    model: PeftModel, *, answer: Callable[[], list[str]], score: Callable[[list[str]], Results]
+    model: PeftModel,
+    *,
+    answer: Callable[[], list[str]],
+    score: Callable[[list[str]], Results],
+    rate: Rate,
+    tasks: Sequence[str],
 ) -> dict[str, Any]:
     """Scores of a model's answers as it is and with uniform gates.
 
@@ -112,35 +127,82 @@ def ablate(
         model: with the adapter, active.
         answer: gives the answers of the model as it then is, such as `generate_answers` of some rows.
         score: scores them by task, such as `evaluation.score` of the same rows; `"mean"` is the mean over tasks.
+        rate: scores the answer to one row, such as `rate_rows(rows, info)`.
+        tasks: names, by row.
 
     Returns:
         `as_it_is` and `uniform`: what `score` returned; `difference`: by task, uniform minus as it is; `rows`, and how
-        many of these have another answer (`changed`); `says`: the same in sentences.
+        many of these have another answer (`changed`); `signs`: by task, and for all rows under `"mean"`, how many rows
+        score `better` and `worse` with uniform gates, and `p` of that split; `says`: the same in sentences.
     """
     own = answer()
     with uniform_gates(model):
         others = answer()
     before, after = score(own), score(others)
+    changed = {row for row, (a, b) in enumerate(zip(own, others, strict=True)) if a != b}
+    changes = {row: rate(row, others[row]) - rate(row, own[row]) for row in changed}
+    signs = {task: _signs([value for row, value in changes.items() if tasks[row] == task]) for task in before}
     found = {
         "check": "uniform",
         "as_it_is": before,
         "uniform": after,
         "difference": {task: after[task]["score"] - before[task]["score"] for task in before},
         "rows": len(own),
-        "changed": sum(a != b for a, b in zip(own, others, strict=True)),
+        "changed": len(changed),
+        "signs": signs | {"mean": _signs(list(changes.values()))},
     }
     config: Any = model.active_peft_config
     return found | {"says": [MEANING[config.peft_type], *_of_ablation(found)]}
 
 
+def rate_rows(examples: Dataset, info: Mapping[str, TaskInfo]) -> Rate:
+    """What scores one answer by the metric of its row's task.
+
+    Args:
+        examples: rows of `read_examples`.
+        info: the tasks' metrics, as for `evaluation.score`.
+    """
+    keys, references = [task_key(task) for task in examples["task"]], [m[-1]["content"] for m in examples["messages"]]
+    names = {key: info[key].metric if key in info else "exact_match" for key in keys}
+    metrics = {name: load_metric(name) for name in names.values()}
+
+    def rate(row: int, answer: str) -> float:
+        name = names[keys[row]]
+        found: Any = metrics[name].compute(predictions=[answer], references=[references[row]])
+        return float(found[name])
+
+    return rate
+
+
+def sign_test(better: int, worse: int) -> float:
+    """The chance that a split as uneven as this, either way, comes from fair coins: the exact two-sided sign test."""
+    n = better + worse
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(better, worse) + 1)) / 2**n)
+
+
+def _signs(changes: list[float]) -> dict[str, Any]:
+    better, worse = sum(value > 0 for value in changes), sum(value < 0 for value in changes)
+    return {"better": better, "worse": worse, "p": sign_test(better, worse)}
+
+
 def _of_ablation(found: Mapping[str, Any]) -> list[str]:
-    rows = [result["n"] for task, result in found["as_it_is"].items() if task != "mean"]
-    few = f"{min(rows)}" if min(rows) == max(rows) else f"{min(rows)} to {max(rows)}"
+    signs = dict(found["signs"])
+    every = signs.pop("mean")
+    shown = every["p"] < LEVEL
+    so = "more than chance" if shown else "within chance: these rows do not show that the gates make a difference"
+    # with several tasks some are below 0.05 by chance
+    beyond = [task for task, sign in signs.items() if sign["p"] < LEVEL / len(signs)]
+    by_task = f"is more than chance in {', '.join(beyond)}" if beyond else "is within chance in each of them"
     return [
         f"With uniform gates {found['changed']} of {found['rows']} answers are other ones, and the mean score changes "
         f"by {found['difference']['mean']:+.3f}.",
-        f"A task has {few} rows here, and one answer weighs about {1 / min(rows):.3f} of a task's score: differences "
-        "of a few answers are within chance.",
+        f"Row by row {every['worse']} scores are lower with uniform gates and {every['better']} higher, which is {so} "
+        f"(exact sign test, p = {every['p']:.2g}).",
+        *(
+            [f"Of {len(signs)} tasks, each tested at {LEVEL} / {len(signs)}, the difference {by_task}."]
+            if len(signs) > 1
+            else []
+        ),
         "Nothing was trained with uniform gates: this says what the trained gate is worth to these experts, not what "
         "experts that were trained without one would score.",
     ]

@@ -13,21 +13,22 @@ def parameters(description: Mapping[str, Any]) -> dict[str, Any]:
     """Count an adapter's parameters beside those of a LoRA of the same total rank on the same layers.
 
     Args:
-        description: what `describe` returned.
+        description: what `describe` returned, best with `strict=False`, so that a file of other ranks is counted too.
 
     Returns:
-        `lora`: r · (in + out) summed over layers, r the sum of a layer's ranks; `experts`, `routers` by part, `other`;
-        `trained`: what training changes; `difference`: trained and without `other`, minus `lora`; `by_rank`: layers,
-        and counts, for each total rank; `rank_of_equal_size`: the rank of a LoRA on these layers that would have as
-        many; `equal`: whether experts have just the parameters of the LoRA; `says`: the same in sentences.
+        `lora`: r · (in + out) summed over layers, r the total rank by the config; what the file has: `experts`,
+        `routers` by part, `other`; `trained`: what training changes; `difference`: trained and without `other`, minus
+        `lora`; `by_rank`: layers, and counts, for each total rank; `rank_of_equal_size`: the rank of a LoRA on these
+        layers that would have as many; `equal`: whether experts have just the parameters of the LoRA, as MOELoRA's
+        paper says, whose gate comes on top; `says`: the same in sentences.
     """
     layers, counts = description["layers"], description["parameters"]
     by_rank: dict[int, dict[str, int]] = {}
     for layer in layers:
-        row = by_rank.setdefault(sum(layer["ranks"]), {"layers": 0, "experts": 0, "lora": 0})
+        row = by_rank.setdefault(layer["total_rank"], {"layers": 0, "experts": 0, "lora": 0})
         row["layers"] += 1
         row["experts"] += layer["parameters"]
-        row["lora"] += sum(layer["ranks"]) * (layer["in_features"] + layer["out_features"])
+        row["lora"] += layer["total_rank"] * (layer["in_features"] + layer["out_features"])
     routers: dict[str, int] = {}
     for router in description["routers"]:
         for tensor, count in router["parameters"].items():
@@ -62,6 +63,8 @@ def _of_parameters(found: Mapping[str, Any]) -> list[str]:
     gate, lora = sum(found["routers"].values()), found["lora"]
     same = "just as many as" if found["equal"] else "NOT as many as"
     says = [f"The experts have {found['experts']:,} parameters, {same} a LoRA of {total} on these layers ({lora:,})."]
+    if not found["equal"]:
+        says.append("So the file and its config do not belong together, and nothing loads them.")
     if found["experts_are_trained"]:
         says.append(f"Routers add {gate:,} ({gate / lora:.2%} of the LoRA).")
     else:

@@ -42,7 +42,8 @@ class RoutingStatistics:
         """
         # Few operations, of which small ones cost most: a column for everything that is summed over tokens.
         weights = routed.weights.float()
-        top1 = torch.zeros_like(weights).scatter_(-1, weights.argmax(-1, keepdim=True), 1.0)
+        tied = weights == weights.amax(-1, keepdim=True)  # experts of the same largest weight share the top 1
+        top1 = tied / tied.sum(-1, keepdim=True)
         before = torch.special.entr(routed.scores.float().softmax(-1)).sum(-1, keepdim=True)
         after = torch.special.entr(weights).sum(-1, keepdim=True)
         columns = torch.cat([weights, top1, (weights > 0).float(), before, after, torch.ones_like(after)], dim=-1)
