@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from broken_files import METHODS, make_adapter
+from broken_files import METHODS, make_adapter, set_field
 from grouped_helpers import grouped_config
 from helpers import TARGETS, TASKS, config_for, logits, plain, routed, routed_layers
 from kinds import KINDS, config_of, two_adapters
@@ -18,7 +18,7 @@ from peft_moe.cli import main
 from peft_moe.data import read_examples, read_task_info
 from peft_moe.evaluation import evaluate_tasks, generate_answers, score
 from peft_moe.report.adapter import describe
-from peft_moe.report.uniform import MEANING, ablate, even, uniform_gates
+from peft_moe.report.uniform import MEANING, ablate, even, rate_rows, sign_test, uniform_gates
 from peft_moe.report.verify import diversity, parameters
 
 
@@ -74,12 +74,20 @@ def test_whole_modules_are_counted_apart(tmp_path):
     assert found["difference"] == sum(found["routers"].values())
 
 
-def test_experts_that_are_not_as_many_are_told(tmp_path):
-    description = described(routed("llama"), tmp_path / "adapter")
-    description["layers"][0]["ranks"] = [3] * 4
-    found = parameters(description)
+def test_a_file_of_other_ranks_than_its_config_says_is_not_the_size_of_its_lora(tmp_path, capsys):
+    folder = tmp_path / "adapter"
+    routed("llama").save_pretrained(str(folder))  # of r=8
+    set_field(folder, r=4)
+    found = parameters(describe(folder, strict=False))
+    assert found["lora"] == lora_size("llama", 4, TARGETS["llama"])
+    assert found["experts"] == 2 * found["lora"]
     assert not found["equal"]
-    assert "NOT as many as" in found["says"][0]
+    assert main(["check", "parameters", str(folder)]) == 1
+    out, error = capsys.readouterr()
+    assert "NOT as many as a LoRA of total rank 4" in " ".join(out.split())
+    assert "NOT as many as" in error
+    with pytest.raises(ValueError, match="saved with another config"):
+        describe(folder)
 
 
 # diversity
@@ -314,11 +322,42 @@ def test_an_ablation_compares_two_sets_of_answers():
         right = sum(a == b for a, b in zip(answers, "abc", strict=True)) / 3
         return {"t": {"metric": "m", "score": right, "n": 3}, "mean": {"score": right, "n": 3}}
 
-    found = ablate(model, answer=answer, score=rate)
+    right = "abc".__getitem__
+    found = ablate(
+        model, answer=answer, score=rate, rate=lambda row, text: float(text == right(row)), tasks=["t", "t", "t"]
+    )
     assert (found["rows"], found["changed"]) == (3, 1)
+    assert found["signs"]["t"] == found["signs"]["mean"] == {"better": 0, "worse": 1, "p": 1.0}
+    assert "within chance" in found["says"][2]
     assert found["difference"] == {"t": pytest.approx(-1 / 3), "mean": pytest.approx(-1 / 3)}
     assert torch.equal(seen[0], logits(model, inputs))
     assert not torch.allclose(seen[1], seen[0])
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "p"),
+    [(0, 0, 1.0), (0, 1, 1.0), (1, 1, 1.0), (0, 5, 0.0625), (0, 6, 0.03125), (9, 1, 0.021484375), (5, 3, 0.7265625)],
+)
+def test_the_sign_test_is_exact(better, worse, p):
+    """p of fair coins, counted on paper: (0, 5) is 2 / 2^5, (9, 1) is 2 (1 + 10) / 2^10."""
+    assert sign_test(better, worse) == sign_test(worse, better) == p
+
+
+@pytest.mark.parametrize(("wrong", "says"), [(5, "within chance: these rows do not show"), (6, "more than chance")])
+def test_what_is_chance_follows_from_the_answers(wrong, says):
+    model, seen = routed("llama", default_task="icd"), []
+
+    def answer():
+        seen.append(["x" if seen and row < wrong else "a" for row in range(20)])
+        return seen[-1]
+
+    def score(answers):
+        right = sum(a == "a" for a in answers) / 20
+        return {"t": {"metric": "m", "score": right, "n": 20}, "mean": {"score": right, "n": 20}}
+
+    found = ablate(model, answer=answer, score=score, rate=lambda row, text: float(text == "a"), tasks=["t"] * 20)
+    said = " ".join(found["says"])
+    assert f"Row by row {wrong} scores are lower with uniform gates and 0 higher, which is {says}" in said
 
 
 # the command
@@ -353,7 +392,7 @@ def test_the_command_scores_both_ways(kind, world, capsys):
     options = ["--data", data, "--limit", "3", "--max-new-tokens", "4", "--batch-size", "4"]
     assert main(["check", "uniform", adapter, *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    examples = read_examples(data, split="test")
+    examples = read_examples(data, split="test").shuffle(seed=0)
     examples = examples.select([i for task in ("leaf", "size") for i in rows_of(examples, task)[:3]])
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world / "base"), adapter)
     tokenizer, info = make_tokenizer(), read_task_info(data)
@@ -364,6 +403,11 @@ def test_the_command_scores_both_ways(kind, world, capsys):
         others = generate_answers(model, tokenizer, examples, **sizes)
     assert found["uniform"] == score(others, examples, info)
     assert found["changed"] == sum(a != b for a, b in zip(own, others, strict=True))
+    rate = rate_rows(examples, info)
+    worse = sum(rate(row, a) > rate(row, b) for row, (a, b) in enumerate(zip(own, others, strict=True)))
+    assert found["signs"]["mean"]["worse"] == worse
+    ranked = [result["score"] for task, result in found["as_it_is"].items() if task != "mean"]
+    assert sum(rate(row, a) for row, a in enumerate(own)) / 6 == pytest.approx(sum(ranked) / len(ranked))
     assert (found["rows"], found["limit"], found["as_it_is"]["leaf"]["n"]) == (6, 3, 3)
     assert main(["check", "uniform", adapter, *options]) == 0
     text = " ".join(capsys.readouterr().out.split())

@@ -18,6 +18,7 @@ from peft_moe import MedMoeLoraConfig, MoLoraConfig
 from peft_moe.data import encode
 from peft_moe.layer import MoeLinear
 from peft_moe.report.collect import collect
+from peft_moe.report.measures import divergence
 from peft_moe.report.pieces import pieces
 from peft_moe.report.results import Routing
 from peft_moe.routing import GroupedRouter, TokenRouter
@@ -217,7 +218,8 @@ def test_new_routers_of_at_moe_are_found_to_decide_nothing(tmp_path):
         model = adapted("at_moe", tmp_path, flat_routing=flat, init_lora_weights=True)
         routing, _ = collect(model, make_tokenizer(), rows_of(), progress=False)
         found = {finding["title"]: finding["level"] for finding in routing.findings}
-        assert found["Routing is uniform"] == found["Tasks share everything"] == "bad"
+        assert found["Routing is uniform"] == "bad"
+        assert found["Tasks have the same mean load"] == "note"
 
 
 @pytest.mark.parametrize("mode", ["empty", "general"])
@@ -264,6 +266,7 @@ def test_samples_have_the_weights_of_their_tokens(kind, tmp_path):
         ids = encoded[at]["input_ids"]
         assert "".join(sample.tokens) == tokenizer.decode(ids)[-len("".join(sample.tokens)) :]
         assert len(sample.tokens) == min(6, len(ids))
+        assert sample.cut == len(ids) - len(sample.tokens)
         answer = sum(label != -100 for label in encoded[at]["labels"])
         assert sample.prompt_tokens == max(0, len(sample.tokens) - answer)
         alone = asked(model, encoded[at], sample.task if told else None)
@@ -273,6 +276,53 @@ def test_samples_have_the_weights_of_their_tokens(kind, tmp_path):
             torch.testing.assert_close(
                 weights.expand(len(sample.tokens), -1), expected[-len(sample.tokens) :], rtol=1e-4, atol=1e-5
             )
+
+
+def test_what_a_row_has_lost_at_its_start_is_told(tmp_path):
+    model, rows = adapted("molora", tmp_path), rows_of(count=3)
+    lengths = [len(ids) for ids in encode(rows, make_tokenizer(), tasks=None)["input_ids"]]
+    with pytest.warns(UserWarning, match="lost the start of their prompt"):
+        _, samples = collect(model, make_tokenizer(), rows, max_length=8, sample_tokens=4, progress=False)
+    whole = dict(zip(TASKS, lengths, strict=True))
+    assert [sample.cut for sample in samples] == [whole[sample.task] - len(sample.tokens) for sample in samples]
+    assert all(sample.cut for sample in samples)
+
+
+def test_experts_with_the_same_weight_share_the_top_1(tmp_path):
+    model = adapted("molora", tmp_path, top_k=4)
+    with torch.no_grad():
+        for router in (m for m in model.modules() if isinstance(m, TokenRouter)):
+            router.gate.weight.zero_()
+    routing, _ = collect(model, make_tokenizer(), rows_of(), progress=False)
+    assert {share for layer in routing.layers for share in layer["top1"]} == {0.25}
+
+
+@pytest.mark.parametrize("kind", ["moelora", "molora", "at_moe per prompt"])
+def test_chance_is_as_far_as_tasks_are_apart_whose_names_are_drawn(kind, tmp_path):
+    """The model does not see names of tasks but for MOELoRA, where chance has no part."""
+    model, rows = MODELS[kind](tmp_path), rows_of(count=24)
+    routing, _ = collect(model, make_tokenizer(), rows, progress=False)
+    chances = [layer["chance_divergence"] for layer in routing.layers]
+    if kind == "moelora":
+        assert chances == pytest.approx([0.0] * len(chances), abs=1e-9)
+        return
+    found = []
+    for seed in range(8):
+        names = rows.shuffle(seed=seed)["task"]
+        drawn, _ = collect(
+            model, make_tokenizer(), rows.remove_columns("task").add_column("task", list(names)), progress=False
+        )
+        found += [divergence([t["load"] for t in layer["tasks"].values()]) for layer in drawn.layers]
+        chances += [layer["chance_divergence"] for layer in drawn.layers]
+    assert sum(chances) / len(chances) == pytest.approx(sum(found) / len(found), rel=0.3)
+
+
+def test_rows_without_tasks_are_looked_at_too(tmp_path):
+    rows = rows_of().remove_columns("task").add_column("task", [""] * 7)
+    routing, samples = collect(adapted("molora", tmp_path), make_tokenizer(), rows, progress=False)
+    assert routing.tasks == []
+    assert {sample.task for sample in samples} == {None}
+    assert all(layer["tasks"] == {} and layer["chance_divergence"] is None for layer in routing.layers)
 
 
 def test_no_samples_and_the_same_ones_twice(tmp_path):

@@ -1,5 +1,7 @@
 """Two processes do what one does: losses, saved adapters, resuming; DDP, FSDP2, and ZeRO where DeepSpeed is there."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -15,10 +17,13 @@ from safetensors.torch import load_file
 from tiny_models import make_inputs, make_model
 from torch.distributed.tensor import DTensor
 from train import check_best_model
-from transformers import TrainingArguments, default_data_collator
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+from peft_moe.routing_images import RoutingImages
 
 METHODS = ["lora", "moelora", "molora", "regularized", "at_moe"]  # the other ways of two of them are slow tests
 RESUMED = ["moelora", "at_moe"]
+SHOWN = ["molora", "at_moe"]  # whose routers read the rows
 STEPS = {"steps": 3, "save_strategy": "steps", "save_steps": 2}
 WEIGHTS = "adapter_model.safetensors"
 
@@ -52,11 +57,35 @@ def assert_same_adapter(one, other, *, atol=1e-6):
 # the core: both engines in one pair of processes, since importing everything takes most of their time
 
 
+def show_routing(where, method, experts):
+    """Evaluate twice in training, at a learning rate of 0, and leave what each process printed of the routing."""
+    model, said = make(method, experts), io.StringIO()
+    arguments = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0, "use_cpu": True}
+    arguments |= {"per_device_eval_batch_size": 2, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    arguments |= {"accelerator_config": {"use_configured_state": "RANK" in os.environ}}
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(where), **arguments),
+        train_dataset=rows(method, 8),
+        eval_dataset=rows(method, 8),
+        data_collator=default_data_collator,
+    )
+    trainer.add_callback(RoutingImages(trainer, images=False))
+    with contextlib.redirect_stdout(said):
+        trainer.train()
+    where.mkdir(exist_ok=True)
+    rank = os.environ.get("RANK", "0")
+    (where / f"{method}-{rank}.txt").write_text(said.getvalue(), encoding="utf-8")
+
+
 def run_engines(folder):
     for engine in ("ddp", "fsdp2"):
         for method in METHODS:
             enter(engine)
             run(folder / engine / method, method, folder, **STEPS)
+    for method in SHOWN:
+        enter("ddp")
+        show_routing(folder / "two", method, folder)
     for method in RESUMED:  # one process has saved, two go on
         enter("ddp")
         run(folder / "from_one" / method, method, folder, resume=str(folder / "one" / method / "checkpoint-2"), steps=3)
@@ -69,6 +98,8 @@ def folder(tmp_path_factory):
     make_experts("llama", folder)
     for method in METHODS:
         run(folder / "one" / method, method, folder, **STEPS)
+    for method in SHOWN:
+        show_routing(folder / "alone", method, folder)
     in_processes(WORLD, run_engines, folder)
     return folder
 
@@ -83,6 +114,17 @@ def test_two_processes_have_the_losses_and_gradient_norms_of_one_and_save_its_ad
         assert_same_adapter(one / place, two / place)
     last, earlier = load_file(two / WEIGHTS), load_file(two / "checkpoint-2" / WEIGHTS)
     assert any(not torch.equal(last[key], earlier[key]) for key in last)
+
+
+@pytest.mark.parametrize("method", SHOWN)
+def test_the_main_process_alone_says_what_the_routers_of_both_did(folder, method):
+    def lines(of):
+        text = (folder / of).read_text(encoding="utf-8")
+        return [line for line in text.splitlines() if line.startswith("routing at step")]
+
+    assert lines(f"two/{method}-1.txt") == []
+    assert lines(f"two/{method}-0.txt") == lines(f"alone/{method}-0.txt")  # of the same rows, in one process
+    assert len(lines(f"two/{method}-0.txt")) == 2
 
 
 @pytest.mark.parametrize("method", METHODS)

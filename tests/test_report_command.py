@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_moe import MoeLoraConfig, MoLoraConfig
 from peft_moe.cli import main
-from peft_moe.cli.report import show
+from peft_moe.cli.report import check_free, report_directory, show
 from peft_moe.report.results import Routing
 
 TARGETS = ["q_proj", "down_proj"]
@@ -130,14 +132,116 @@ def test_data_of_other_tasks_is_refused_before_the_model_is_loaded(base, data, t
 def test_a_stock_lora_is_refused(base, data, tmp_path, capsys):
     adapter = save(base, tmp_path / "lora", LoraConfig, r=2)
     assert main(["report", adapter, "--data", str(data), "--out", str(tmp_path / "out"), "--no-pictures"]) == 1
-    assert "is a LORA adapter, which routes nothing" in capsys.readouterr().err
+    assert "is a LORA adapter, which has no experts and no router" in capsys.readouterr().err
 
 
 def test_names_cannot_colour_or_clear_the_console(capsys):
     finding = {"level": "bad", "title": "[red]x[/red]", "text": "Closest are \x1b[2J and [/]."}
-    routing = {"method": "MOELoRA", "adapter": "a\x1b]0;x\x07", "rows": 1, "tokens": 1, "tasks": [], "layers": []}
+    routing = {
+        "method": "MOELoRA",
+        "adapter": "a\x1b]0;x\x07:warning:",
+        "rows": 1,
+        "tokens": 1,
+        "tasks": [],
+        "layers": [],
+    }
     show(routing | {"findings": [finding]}, [], [])
     said = capsys.readouterr().out
     assert not {"\x1b", "\x07"} & set(said)
     assert "[red]x[/red]" in said
     assert "[/]" in said
+    assert r"a\x1b]0;x\x07:warning:" in said
+
+
+@pytest.mark.parametrize("command", [["report"], ["check", "uniform"], ["inspect"]])
+def test_errors_cannot_steer_the_terminal(command, adapter, data, tmp_path, capsys):
+    path = Path(adapter, "adapter_config.json")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    field = "peft_type" if command == ["inspect"] else "base_model_name_or_path"
+    path.write_text(json.dumps(config | {field: "\x1b[2Jgone"}), encoding="utf-8")
+    words = {"report": ["--out", str(tmp_path / "out"), "--no-pictures"], "check": [], "inspect": []}[command[0]]
+    words += [] if command == ["inspect"] else ["--data", str(data)]
+    assert main([*command, adapter, *words]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("peft-moe: ")
+    assert r"\x1b[2Jgone" in last
+    assert last.isprintable()
+
+
+# what is wrong, and the error; the base model is never loaded, since there is none
+REFUSED = {
+    "no base model": ({}, [], "names no base model; pass --base-model."),
+    "no router": ({"num_experts": 1, "tasks": ["leaf", "size"]}, [], "no router; there is nothing to report"),
+    "rows that are too long": ({}, ["--base-model", "{tokenizer}", "--max-length", "1"], "has no room for the longest"),
+    "no task column": ({}, ["--data", "{untold}"], "has no column 'task'"),
+    "no such column": ({}, ["--task-column", "kind"], "has no column 'kind'"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_reported_is_said_before_the_base_model_is_loaded(what, base, data, tmp_path, capsys):
+    fields, words, message = REFUSED[what]
+    adapter = save(base, tmp_path / "adapter", MoeLoraConfig, **{"tasks": ["leaf", "size"], "num_experts": 4} | fields)
+    path = Path(adapter, "adapter_config.json")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | {"base_model_name_or_path": None}), encoding="utf-8")
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "untold.jsonl").write_text('{"prompt": "ash", "completion": "broad"}\n', encoding="utf-8")
+    places = {"tokenizer": tmp_path / "tokenizer", "untold": tmp_path / "untold.jsonl"}
+    given = ["--data", str(data), "--out", str(tmp_path / "out"), "--no-pictures"]
+    assert main(["report", adapter, *given, *(word.format(**places) for word in words)]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_need_no_task_where_the_adapter_needs_none(base, tmp_path, capsys):
+    adapter = save(base, tmp_path / "molora", MoLoraConfig, r=2, num_experts=3)
+    lines = [{"prompt": word, "completion": "broad", "kind": kind} for word, kind in (("ash", "x"), ("fir", "y"))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    out = tmp_path / "out"
+    words = ["--data", str(tmp_path / "rows.jsonl"), "--no-pictures", "--overwrite"]
+    for column, tasks in {None: [], "kind": ["x", "y"]}.items():
+        named = ["--task-column", column] if column else []
+        assert main(["report", adapter, "--out", str(out), *words, *named]) == 0
+        assert Routing.read(out / "routing.json").tasks == tasks
+    capsys.readouterr()
+    small = ["--data", str(tmp_path / "rows.jsonl"), "--max-new-tokens", "1", "--json"]
+    assert main(["check", "uniform", adapter, *small]) == 0
+    assert list(json.loads(capsys.readouterr().out)["as_it_is"]) == ["all rows", "mean"]
+
+
+def test_folders_without_an_adapter_are_told_apart(adapter, data, tmp_path, capsys):
+    two = tmp_path / "two"
+    for name in ("one", "other"):
+        shutil.copytree(adapter, two / name)
+    words = ["--data", str(data), "--out", str(tmp_path / "out"), "--no-pictures"]
+    assert main(["report", str(two), *words]) == 1
+    assert "in each of its folders ['one', 'other']; give one of these" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "nowhere"), *words]) == 1
+    assert "in a folder or Hub repository called" in capsys.readouterr().err
+
+
+def test_a_report_takes_its_place_whole_and_old_pictures_of_ours_go(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("routing.json", "groups.png", "mine.png"):
+        (out / name).write_text("old")
+    with pytest.raises(FileExistsError, match=r"\['routing.json', 'groups.png'\] already"):
+        check_free(out, overwrite=False)
+
+    def write(work, *, fail):
+        (work / "routing.json").write_text("new")
+        if fail:
+            raise OSError("No space left on device")
+        (work / "index.html").write_text("new")
+
+    def there():
+        return {path.name: path.read_text() for path in out.iterdir()}
+
+    with pytest.raises(OSError, match="No space"), report_directory(out, overwrite=True) as work:
+        write(work, fail=True)
+    assert there() == {"routing.json": "old", "groups.png": "old", "mine.png": "old"}
+    with report_directory(out, overwrite=True) as work:
+        write(work, fail=False)
+    assert there() == {"routing.json": "new", "index.html": "new", "mine.png": "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -199,9 +199,26 @@ def test_the_line_says_how_routing_is():
     layer = {"name": "m.0.up\x1b[2J", "experts": ["0", "1", "2", "3"], "load": load, "entropy": 1.0, "tasks": tasks}
     line = routing_line({"layers": [layer | {"effective_experts": 2.83}]}, 40)
     assert line == (
-        "routing at step 40: 4 experts, 2.8 in effect, least used 3 of m.0.up?[2J (0% of an even share), "
-        "entropy 1.00 of 1.39, tasks 1.00 bits apart"
+        "routing at step 40: 4 experts, 2.8 in effect, least used 3 of m.0.up\\x1b[2J (0% of an even share), "
+        "entropy 1.00 of 1.39, tasks 1.00 apart"
     )
+    few = layer | {"effective_experts": 2.83, "chosen_per_token": 2.0}
+    assert "entropy 1.00 of 0.69" in routing_line({"layers": [few]}, 40)  # two even weights
+    assert routing_line({"layers": [few]}, 40, "a\x1bb").startswith("routing of a\\x1bb at step 40: ")
+
+
+def test_each_of_several_evaluation_datasets_has_its_own_line_and_images(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    trainer = make_trainer(tmp_path, "molora", report_to="tensorboard", max_steps=1)
+    rows = trainer.eval_dataset
+    trainer.eval_dataset = {"a": rows.select(range(4)), "a_b": rows.select(range(2))}
+    trainer.add_callback(RoutingImages(trainer))
+    trainer.train()
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("routing of")]
+    assert [line.split(":")[0] for line in said] == ["routing of a at step 1", "routing of a_b at step 1"]
+    events = EventAccumulator(str(tmp_path / "events"), size_guidance={"images": 0}).Reload()
+    tags = {f"routing/{name}/{picture}" for name in ("a", "a_b") for picture in PICTURES["molora"]}
+    assert set(events.Tags()["images"]) == tags
 
 
 def test_models_without_routers_are_refused(tmp_path):
