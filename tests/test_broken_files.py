@@ -31,7 +31,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from tiny_models import make_inputs, make_model
 
-from peft_moe import MoeLoraConfig, fold
+from peft_moe import MoeLoraConfig, __version__, fold
 from peft_moe.cli import main
 from peft_moe.saved import FORMAT
 
@@ -196,6 +196,7 @@ def test_the_format_is_saved_and_an_adapter_from_before_there_was_one_loads(meth
     folder = adapter(method)
     config = json.loads((folder / CONFIG).read_text())
     assert config.pop("moe_format") == FORMAT == 1
+    assert config.pop("moe_version") == __version__
     (folder / CONFIG).write_text(json.dumps(config))
     expected = logits(PeftModel.from_pretrained(make_model("llama"), saved / method), INPUTS)
     assert torch.equal(logits(PeftModel.from_pretrained(make_model("llama"), folder), INPUTS), expected)

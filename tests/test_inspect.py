@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny_models import make_model
 
-from peft_moe import MoLoraConfig
+from peft_moe import MoLoraConfig, __version__
 from peft_moe.cli import main
 from peft_moe.report.adapter import describe
 from peft_moe.report.contents import Contents
@@ -254,6 +254,8 @@ def test_the_command_shows_it_and_gives_it_as_json(method, tmp_path, capsys, mon
     assert main(["inspect", str(folder)]) == 0
     text = capsys.readouterr().out
     assert found["method"] in text
+    assert found["provenance"]["moe_version"] == __version__
+    assert f"and peft_moe {__version__}, in format 1" in text
     assert f"{found['parameters']['total']:,}" in text
     assert "mlp: down_proj, gate_proj" in text
     assert main(["inspect", str(folder), "--json"]) == 0

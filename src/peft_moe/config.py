@@ -106,7 +106,7 @@ class MoeConfig(SavedConfig):
 
     def _check_kinds(self) -> None:
         """Refuse what is not of the kind that a field is; what peft and JSON take in one form only is put into it."""
-        for name in ("task_type", "peft_version", "base_model_name_or_path", "revision"):
+        for name in ("task_type", "peft_version", "moe_version", "base_model_name_or_path", "revision"):
             check_text(name, getattr(self, name))
         for name in ("inference_mode", "use_rslora", "fan_in_fan_out"):
             check_flag(name, getattr(self, name))

@@ -33,8 +33,8 @@ BY_LAYER = {
 }  # fmt: skip
 # They can be another's, and then are.
 TAKEN_OVER = {
-    "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "tasks", "default_task", "groups",
-    "general_expert", "group_weights", "check_base_model",
+    "peft_version", "moe_version", "auto_mapping", "base_model_name_or_path", "revision", "tasks", "default_task",
+    "groups", "general_expert", "group_weights", "check_base_model",
 }  # fmt: skip
 REMEDY = "load it beside the other with model.load_adapter instead."
 

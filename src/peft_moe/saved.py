@@ -21,9 +21,11 @@ class SavedConfig(PeftConfig):
 
     Args:
         moe_format: format of the saved adapter; leave it out. One that is newer than this peft_moe is refused.
+        moe_version: version of peft_moe that saved the adapter, which saving sets; None if it does not say.
     """
 
     moe_format: int = FORMAT
+    moe_version: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,6 +59,9 @@ class SavedConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As in peft, but a process that is killed meanwhile leaves the file that was there, not the half of one."""
+        from . import __version__
+
+        self.moe_version = __version__
         if os.path.isfile(save_directory):
             super().save_pretrained(save_directory, **kwargs)  # which says so
         os.makedirs(save_directory, exist_ok=True)

@@ -90,6 +90,7 @@ def _provenance(config: MoeConfig, path: Path, commit: str | None) -> dict[str, 
     return {
         "peft_version": config.peft_version,
         "moe_format": config.moe_format,
+        "moe_version": config.moe_version,
         "commit": commit,
         "file": SAFETENSORS_WEIGHTS_NAME,
         "bytes": path.stat().st_size,

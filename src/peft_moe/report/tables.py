@@ -31,7 +31,8 @@ def show_adapter(description: Mapping[str, Any], console: Console, *, each: bool
 
 def _show_facts(description: Mapping[str, Any], console: Console) -> None:
     counts, origin = description["parameters"], description["provenance"]
-    saved_by = f"peft {origin['peft_version'] or 'of unknown version'}, in format {origin['moe_format']} of peft_moe"
+    of = {name: origin[f"{name}_version"] or "of unknown version" for name in ("peft", "moe")}
+    saved_by = f"peft {of['peft']} and peft_moe {of['moe']}, in format {origin['moe_format']}"
     settings = (f"{name}={value}" for name, value in description["settings"].items() if value not in (None, {}, []))
     parts = [f"{counts[part]:,} in {what}" for part, what in (("experts", "experts"), ("routers", "routers"))]
     parts += [f"{counts['other']:,} beside them"] if counts["other"] else []
