@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from peft_moe.report.by_layer import stack_of
 from peft_moe.report.heatmaps import draw, write_pictures
 from peft_moe.report.panels import label
 
@@ -169,6 +170,9 @@ def test_depth_has_the_largest_and_smallest_load_experts_in_effect_and_entropy()
     np.testing.assert_allclose(effective.lines[0].get_ydata(), [np.exp(-sum(v * np.log(v) for v in x)) for x in loads])
     np.testing.assert_allclose(entropy.lines[0].get_ydata(), [0.7] * 4)
     assert entropy.lines[1].get_ydata()[0] == pytest.approx(np.log(4))
+    for layer in routing["layers"]:
+        layer["chosen_per_token"] = 2.0  # of 4 experts: the largest entropy is that of two even weights
+    assert draw(routing)["depth"].axes[2].lines[1].get_ydata()[0] == pytest.approx(np.log(2))
 
 
 def test_similarity_is_the_size_of_cosines_and_its_depth_has_the_two_most_alike():
@@ -213,6 +217,38 @@ def test_names_are_drawn_as_they_are_but_for_what_cannot_be(name):
             for text in texts(figure):
                 assert len(text) < 300
                 assert text.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize(
+    "routing",
+    [
+        make_routing(blocks=1, modules=["up"], experts="01", tasks=("a",), adapter="outputs/" + "long/" * 20),
+        make_grouped() | {"adapter": "x" * 100},
+    ],
+    ids=["small", "groups"],
+)
+def test_sentences_of_titles_are_whole_whatever_the_size_and_the_names(routing):
+    starts = {
+        "layers": "Where the weight goes: load of each expert by layer",
+        "tasks": "Do tasks use different experts? Load of each expert by task",
+        "groups": "Which groups the input gets",
+        "depth": "Load and entropy by depth",
+        "similarity": "Are experts copies of each other?",
+    }
+    for name, figure in draw(routing).items():
+        title = figure.get_suptitle()
+        assert " ".join(title.split("\n")).startswith(f"{starts[name]} {routing['method']} of ")
+        assert max(map(len, title.split("\n"))) <= 12 * figure.get_size_inches()[0]
+
+
+def test_what_precedes_a_block_s_number_ends_at_the_whole_number():
+    layers = {
+        "a.1x.b.1.q": "a.1x.b",
+        "model.layers.1": "model.layers",
+        "1.q": "",
+        "encoder.block.1.layer.0.q": "encoder.block",
+    }
+    assert {name: stack_of({"name": name, "block": 1}) for name in layers} == layers
 
 
 def test_a_name_is_cut_in_its_middle():

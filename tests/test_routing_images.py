@@ -96,7 +96,7 @@ def test_without_tensorboard_nothing_is_drawn_and_nothing_fails(tmp_path, kind, 
 @pytest.mark.parametrize("kind", ["molora", "medmoelora"])
 def test_beside_the_callback_that_logs_both_have_all_of_an_evaluation(tmp_path, kind, first, monkeypatch):
     seen = []
-    monkeypatch.setattr(routing_images, "routing_line", lambda routing, step: seen.append(routing) or "")
+    monkeypatch.setattr(routing_images, "routing_line", lambda routing, *rest: seen.append(routing) or "")
     trainer = make_trainer(tmp_path, kind)
     shown = RoutingImages(trainer)
     others = [] if first is None else [RoutingCallback(trainer, per_layer=True)]

@@ -200,7 +200,8 @@ def _copies(layers: Sequence[Layer], method: str) -> Finding | None:
     if n:
         text = (
             f"{n} of {len(pairs)} pairs of experts in the same layer have updates whose cosine is above {COPY} in "
-            f"size (mean {mean:.2f}), a copy or mirror image: one could stand for both. Try {advice('copies', method)}."
+            f"size (mean {mean:.2f}), a copy or mirror image: of two such experts one would do. "
+            f"Try {advice('copies', method)}."
         )
         level = "bad" if 10 * n > len(pairs) else "note"
         return finding(level, "Experts are copies", text, named(layers, copies), numbers | {"names": copies})

@@ -49,7 +49,7 @@ def compare_tasks(layers: Sequence[Layer], method: str) -> Finding | None:
     text += (
         f". On a scale from 0, the same load, to 1, nothing in common, tasks are {max(0.0, mean):.2f} apart (at most "
         f"{max(0.0, most):.2f}, in {top}; from the Jensen-Shannon divergence"
-        + (f", less what chance gives so few rows, {chance:.3f} of {bits:.3f} bits). " if chance > 1e-6 else "). ")
+        + (f", less what chance gives these rows, {chance:.3f} of {bits:.3f} bits). " if chance > 1e-6 else "). ")
     )
     if mean < ALIKE or bits < 2 * chance:
         return _alike(text, method, list(values), numbers, everywhere=most < ALIKE)
