@@ -223,8 +223,10 @@ def _instruction(row: Mapping[str, Any], tasks: list[str], info: Mapping[str, Ta
         return str(row["instruction"])
     known = [text for task in tasks if task in info and (text := info[task].instruction)]
     if not known:
-        nor = f", nor has a tasks.json for {tasks}" if any(tasks) else " and no task"
-        raise ValueError(f"it has no instruction{nor}; add one, or ask with the input alone: protocol='bare'.")
+        raise ValueError(
+            f"it has no instruction, nor has a tasks.json for {tasks}; add one, or ask with the input alone: "
+            "protocol='bare'."
+        )
     return "\n".join(known)
 
 

@@ -123,11 +123,9 @@ def read_moe_config(adapter: str | Path, **hub_kwargs: Any) -> MoeConfig:
     if not Path(adapter).exists():
         find_file(adapter, CONFIG_NAME, hub_kwargs)  # peft's error names neither folder nor Hub
     elif not (folder := Path(adapter) / (hub_kwargs.get("subfolder") or "")).joinpath(CONFIG_NAME).is_file():
-        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))  # one for each name in a model
-        give = (
-            f"there is one in each of its folders {inside}; give one of these" if inside else "give that of an adapter"
-        )
-        raise ValueError(f"The folder {str(adapter)!r} is no adapter: it has no {CONFIG_NAME}; {give}.")
+        if inside := sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}")):  # of a model with several
+            raise ValueError(f"{str(adapter)!r} has an adapter in each of its folders {inside}; give one of these.")
+        raise ValueError(f"{str(adapter)!r} is no adapter: it has no {CONFIG_NAME}; give the folder of an adapter.")
     config = read_config(adapter, **hub_kwargs)
     if not isinstance(config, MoeConfig):
         kind = getattr(config.peft_type, "value", config.peft_type)
