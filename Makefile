@@ -27,9 +27,10 @@ bench: $(VENV)/.test-stamp  ## time and memory beside stock LoRA; BENCH_OUT=wher
 	@set -e; for part in layer scaling model; do $(BIN)/python scripts/bench/$$part.py --output $(BENCH_OUT)/$$part.json $(BENCH_ARGS); done
 	@$(BIN)/python scripts/bench/pictures.py $(BENCH_OUT)
 
-evidence: $(VENV)/.test-stamp  ## the runs of the comparison that are missing, for a night or more; EVIDENCE_ARGS="--hours 8" or --quick
+evidence: $(VENV)/.test-stamp  ## the runs of the comparison that are missing, for a night or more, and its page; EVIDENCE_ARGS="--hours 8" or --quick
 	@$(BIN)/python scripts/get_model.py
 	@$(BIN)/python scripts/evidence/run.py $(EVIDENCE_ARGS)
+	@$(BIN)/python scripts/evidence/page.py
 
 docs: $(VENV)/.docs-stamp  ## the site, into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(DOCS_ARGS)

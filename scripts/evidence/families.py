@@ -1,0 +1,88 @@
+"""The comparisons that the page makes, and the families in which their p-values are corrected: fixed before any result.
+
+1. The mean score of each method against the LoRA with its parameters, a family for each protocol.
+2. The same by task, a family for each protocol.
+3. Each ablation against the method it changes, and each method with equal gates at test time against itself with its
+   own; mean score, instruction protocol.
+
+All else is exploratory, and gets no verdict. A comparison whose runs are missing counts in its family as one with
+p = 1, so that a verdict on some of the runs is no easier than one on all of them.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from grid import ABLATIONS
+from records import AT_EQUAL_GATES
+from stats import Comparison, Estimate, Study
+from verdicts import judge
+
+# The LoRA with the parameters of all experts. AT-MoE's nine of rank 16 are trained before its router, and count.
+MATCHED = {
+    "moelora": "lora-r16",
+    "molora": "lora-like-molora-parameters",
+    "medmoelora": "lora-like-medmoelora-parameters",
+    "at_moe": "lora-like-at_moe-active",
+}
+# The second baseline, where it is another LoRA. The others have all their experts at work.
+MATCHED_ACTIVE = {"molora": "lora-like-molora-active"}
+NOT_RUN = Comparison(Estimate(0.0, -1.0, 1.0, 1.0, 2.0, [], "nothing"), 1.0, 1.0)  # its place in a family
+
+
+@dataclass(frozen=True)
+class Pair:
+    """`name` minus `other`, in one score: a task, or "mean"."""
+
+    name: str
+    other: str
+    target: str = "mean"
+
+
+def of_methods(targets: Iterable[str] = ("mean",)) -> list[Pair]:
+    """Each method against the LoRA with its parameters."""
+    return [Pair(name, other, target) for target in targets for name, other in MATCHED.items()]
+
+
+def of_ablations() -> list[Pair]:
+    """Each ablation against what it changes."""
+    trained = [Pair(name, system) for name, (system, _) in ABLATIONS.items()]
+    return trained + [Pair(AT_EQUAL_GATES.format(name), name) for name in MATCHED]
+
+
+def compare(study: Study | None, pairs: Iterable[Pair], complete: set[str]) -> dict[Pair, Comparison | None]:
+    """The comparisons of systems that are complete; None for others."""
+    found: dict[Pair, Comparison | None] = {}
+    made: dict[tuple[str, str], Mapping[str, Comparison]] = {}
+    for pair in pairs:
+        key = pair.name, pair.other
+        if study is None or not complete.issuperset(key):
+            found[pair] = None
+            continue
+        if key not in made:
+            made[key] = study.compare(*key)
+        found[pair] = made[key][pair.target]
+    return found
+
+
+def judged(family: Mapping[Pair, Comparison | None]) -> list[dict[str, Any]]:
+    """A family's comparisons with verdicts; those that are missing have no numbers, and None for a verdict."""
+    keys = {str(index): comparison or NOT_RUN for index, comparison in enumerate(family.values())}
+    verdicts = judge(keys).values() if keys else ()
+    return [
+        described(pair, comparison) | (asdict(verdict) if comparison else {"verdict": None})
+        for (pair, comparison), verdict in zip(family.items(), verdicts, strict=True)
+    ]
+
+
+def described(pair: Pair, comparison: Comparison | None) -> dict[str, Any]:
+    """A comparison without verdict."""
+    head = {"name": pair.name, "against": pair.other, "target": pair.target}
+    return head | (asdict(comparison) if comparison else {"difference": None})
+
+
+def counts(family: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """How many of each verdict, and how many are missing."""
+    verdicts = [each["verdict"] for each in family]
+    named = {name: verdicts.count(name) for name in ("win", "tie", "loss")}
+    return named | {"missing": verdicts.count(None), "all": len(verdicts)}

@@ -1,0 +1,170 @@
+"""The other tables: learning rates, general knowledge, and what has no verdicts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from cells import NONE, NOT_RUN, difference, millions, number, of_runs, score, signed, table
+from page_tables import Results, active_rank, by_task, family, gates, provenance, scores, setup, state, summary
+
+
+def searches(found: Results) -> str:
+    """Scores on dev by learning rate, the chosen one bold."""
+    rates = sorted({each["rate"] for search in found["searches"] for each in search["rates"]})
+    rows = []
+    for search in found["searches"]:
+        values = {each["rate"]: number(each["score"], missing=NOT_RUN) for each in search["rates"]}
+        if search["chosen"] is not None:
+            values[search["chosen"]] = f"**{values[search['chosen']]}**"
+        label = found["labels"][search["system"]]
+        several = len({each["protocol"] for each in found["searches"]}) > 1
+        rows.append(
+            [f"{search['protocol']}: {label}" if several else label, *(values.get(rate, NONE) for rate in rates)]
+        )
+    return table(["mean score on dev", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def general(found: Results) -> str:
+    """General knowledge before (the base model) and after."""
+    wanted = {name: each for name, each in found["general"].items() if each or name in EXPECTED}
+    first: Mapping[str, Any] | None = next((each for each in wanted.values() if each), None)
+    sources = list(first["perplexity"]) if first else []
+    rows = []
+    for name, each in wanted.items():
+        if each is None:
+            rows.append([found["labels"][name], NOT_RUN, *[NONE] * (len(sources) + 1)])
+            continue
+        texts = [perplexity(each["perplexity"][source]) for source in sources]
+        choice = each["choice"]["mean"]
+        ends = f" ({choice['lowest']:.3f} to {choice['highest']:.3f})" if each["seeds"] > 1 else ""
+        change = NONE if name == "base" or choice["difference"] is None else difference(of_choice(choice))
+        rows.append([found["labels"][name], *texts, f"{choice['value']:.3f}{ends}", change])
+    head = ["system", *(f"perplexity: {source}" for source in sources), "multiple choice, mean accuracy", "change"]
+    return table(head, rows)
+
+
+EXPECTED = ("base", "lora-r16", "moelora", "molora", "medmoelora", "at_moe")  # named in the table if they are missing
+
+
+def of_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
+    """A difference as `difference` takes it."""
+    return {"value": choice["difference"], "low": choice["low"], "high": choice["high"]}
+
+
+def perplexity(entry: Mapping[str, Any]) -> str:
+    """A perplexity, and what it is of the base model's."""
+    ratio = "" if entry["ratio"] is None else f" (× {entry['ratio']:.2f})"
+    return f"{entry['value']:.2f}{ratio}"
+
+
+def choices(found: Results) -> str:
+    """Accuracy in each set of questions."""
+    there = {name: each["choice"] for name, each in found["general"].items() if each}
+    if not there:
+        return "No run is there yet."
+    sets = [name for name in next(iter(there.values())) if name != "mean"]
+    rows = [[found["labels"][name], *(number(each[one]["value"]) for one in sets)] for name, each in there.items()]
+    first = next(iter(there.values()))
+    chance = ["*chance*", *(number(first[one]["chance"]) for one in sets)]
+    return table(["accuracy", *(f"{one}, {first[one]['n']} questions" for one in sets)], [chance, *rows])
+
+
+def held_out(found: Results) -> str:
+    """Tasks that were left out of training, beside systems that were trained with them."""
+    rows = []
+    for each in found["held_out"]:
+        base, trained = (of_task(found, name, each["task"]) for name in ("base", each["system"]))
+        equal = score(each["equal_gates"]) if each["system"] == "moelora" else NONE
+        system = found["labels"][each["system"]]
+        rows.append([each["task"], system, score(base), score(each["score"]), equal, score(trained)])
+    head = ["task", "system", "base model", "trained without it", "the same, equal gates", "trained with it"]
+    return table(head, rows)
+
+
+def of_task(found: Results, name: str, task: str) -> Mapping[str, Any] | None:
+    """A system's score on a task, with instructions."""
+    targets = found["scores"]["instruction"][name]["targets"]
+    return targets[task] if targets else None
+
+
+def composite(found: Results) -> str:
+    """Rows that need two tasks at once."""
+    rows = []
+    for name, entry in found["composite"].items():
+        value = score(entry["targets"]["mean"] if entry["targets"] else None)
+        is_other = name.startswith(("lora-r16", "base"))
+        against = NONE if is_other else difference(entry["difference"])
+        rows.append([found["labels"][name], value, of_runs(entry), against])
+    return table(["system", "mean score", "seeds", "difference from the LoRA of rank 16"], rows)
+
+
+def sweep(experiment: str, *first: str) -> Any:
+    """An exploratory experiment, behind the systems of the main one that belong into its row."""
+
+    def made(found: Results) -> str:
+        there = found["scores"]["instruction"]
+        names = [*first, *(name for name, each in there.items() if each["experiment"] == experiment)]
+        rows = []
+        for name in names:
+            entry, stages = there[name], there[name].get("all_stages")
+            value = score(entry["targets"]["mean"] if entry["targets"] else None)
+            bits = found["routing"]["instruction"].get(name)
+            told = number(bits["mutual_information"]["mean"], ".2f") if bits else NONE
+            rows.append(
+                [found["labels"][name], value, of_runs(entry), millions(stages["trainable"]) if stages else NONE, told]
+            )
+        return table(["system", "mean score", "seeds", "trained", "bits"], rows)
+
+    return made
+
+
+def unstable(found: Results) -> str:
+    """Systems whose seeds differ more than those of the others."""
+    rows = []
+    for protocol, by_target in found["unstable"].items():
+        for target, names in by_target.items():
+            if names:
+                rows.append([protocol, target, ", ".join(found["labels"][name] for name in names)])
+    if not rows:
+        return "No such system among the runs that are there."
+    return table(["protocol", "score", "systems"], rows)
+
+
+def seeds(found: Results) -> str:
+    """Each seed's mean score."""
+    rows = []
+    for protocol, systems in found["scores"].items():
+        for name, entry in systems.items():
+            if entry["experiment"] == "main" and entry["targets"] and name != "base":
+                values = ", ".join(number(value) for value in entry["targets"]["mean"]["per_seed"])
+                error = entry["targets"]["mean"]["standard_error"]
+                rows.append([f"{protocol}: {found['labels'][name]}", values, signed(error).lstrip("+")])
+    return table(["system", "mean score of each seed", "standard error"], rows) if rows else "No run is there yet."
+
+
+TABLES = {
+    "state": state,
+    "summary": summary,
+    "setup": setup,
+    "provenance": provenance,
+    "searches": searches,
+    "scores-instruction": scores("instruction"),
+    "scores-bare": scores("bare"),
+    "tasks-instruction": by_task("instruction"),
+    "tasks-bare": by_task("bare"),
+    "methods": family("instruction: mean", "bare: mean"),
+    "active": active_rank,
+    "methods-by-task-instruction": family("instruction: tasks"),
+    "methods-by-task-bare": family("bare: tasks"),
+    "ablations": family("ablations"),
+    "ablated-scores": scores("instruction", "ablations"),
+    "general": general,
+    "choices": choices,
+    "gates": gates,
+    "composite": composite,
+    "held-out": held_out,
+    "experts": sweep("experts", "moelora", "molora"),
+    "ranks": sweep("rank", "lora-r16", "moelora", "molora"),
+    "sampling": sweep("sampling"),
+    "unstable": unstable,
+    "seeds": seeds,
+}

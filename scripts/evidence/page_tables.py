@@ -1,0 +1,200 @@
+"""The tables of docs/evidence.md from docs/evidence/results.json, and from nothing else."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cells import NONE, NOT_RUN, difference, millions, minutes, number, of_runs, probability, score, table, verdict
+
+Results = Mapping[str, Any]
+
+
+def state(found: Results) -> str:
+    """What is done, and what is missing."""
+    rows = []
+    for entry in found["state"]:
+        left = ", ".join(f"`{system}` ({runs})" for system, runs in entry["missing"].items()) or NONE
+        what = f"{entry['experiment']}, {entry['protocol']}, {entry['purpose']}"
+        rows.append([what, str(entry["planned"]), str(entry["done"]), left if entry["done"] else "all"])
+    text = table(["runs", "planned", "done", "missing, and how many"], rows)
+    if found["unplanned"]:
+        text += "\n\nNot used, as the plan has no such runs: " + ", ".join(f"`{each}`" for each in found["unplanned"])
+        text += "."
+    return text
+
+
+def setup(found: Results) -> str:
+    """What all runs have in common, and the flags of each system."""
+    given = found["setup"]
+    rates = ", ".join(f"{rate:g}" for rate in given["rates"])
+    low, high = given["beyond"]
+    seeds = "; ".join(f"{name.replace('_', ' ')}: {', '.join(map(str, each))}" for name, each in given["seeds"].items())
+    flags = " ".join(f"`{name}={value}`" for name, value in given["flags"].items())
+    rows = [
+        ["base model", f"`{given['model']}`"],
+        ["rows", f"`{given['data']}`"],
+        ["learning rates tried", f"{rates}; {low:g} or {high:g} too, if the best is the lowest or the highest"],
+        ["searches", f"seed 0; {' '.join(f'`{name}={value}`' for name, value in given['searches'].items())}"],
+        ["rates of the bare protocol", "searched too" if given["search_bare"] else "those of the instruction protocol"],
+        ["seeds of final runs", seeds],
+        ["tasks held out", ", ".join(given["held_out"])],
+        ["training, all runs", flags],
+    ]
+    systems = [
+        [
+            found["labels"][name],
+            " ".join(f"`{flag}={value}`" for flag, value in flags.items() if flag != "lora_dropout"),
+        ]
+        for name, flags in given["systems"].items()
+    ]
+    return table(["", ""], rows) + "\n\n" + table(["system", "its flags"], systems)
+
+
+def provenance(found: Results) -> str:
+    """Where the records come from."""
+    given = found["provenance"]
+    if not given["commits"]:
+        return "No run is there yet."
+    machines = [
+        f"{each['cpu']}, processes side by side: {each['beside']}, threads of each: {each['threads']}"
+        for each in given["machines"]
+    ]
+    versions = [", ".join(f"{name} {value}" for name, value in each.items()) for each in given["versions"]]
+    rows = [
+        ["commits (+: with changes)", ", ".join(f"`{each}`" for each in given["commits"])],
+        ["versions", "; ".join(versions)],
+        ["machines", "; ".join(machines)],
+    ]
+    return table(["", ""], rows)
+
+
+def summary(found: Results) -> str:
+    """How many comparisons were won, tied and lost."""
+    rows = [
+        [name, *(str(counted[each]) for each in ("all", "win", "tie", "loss", "missing"))]
+        for name, counted in found["counts"].items()
+    ]
+    return table(["family", "comparisons", "won", "tied", "lost", NOT_RUN], rows)
+
+
+def scores(protocol: str, experiment: str = "main") -> Callable[[Results], str]:
+    """Mean scores with sizes and times, of the systems of an experiment."""
+
+    def made(found: Results) -> str:
+        rows = []
+        for name, entry in entries(found, protocol, experiment).items():
+            size, stages, seconds = (entry.get(key) for key in ("parameters", "all_stages", "seconds"))
+            trains = bool(size and size["trainable"])
+            rows.append(
+                [
+                    found["labels"][name],
+                    score(entry["targets"]["mean"] if entry["targets"] else None),
+                    of_runs(entry),
+                    number(entry.get("learning_rate"), "g"),
+                    millions(stages["trainable"]) if trains else NONE,
+                    number(size["active_rank"], "g") if trains else NONE,
+                    minutes(stages["train_cpu"]) if trains else NONE,
+                    minutes(seconds["answer_wall"]) if seconds else NONE,
+                ]
+            )
+        head = ["system", "mean score", "seeds", "rate", "trained", "active rank", "training, CPU min", "answers, min"]
+        return table(head, rows)
+
+    return made
+
+
+def by_task(protocol: str) -> Callable[[Results], str]:
+    """Scores by task of the systems of the main experiment."""
+
+    def made(found: Results) -> str:
+        rows = []
+        for name, entry in entries(found, protocol, "main").items():
+            targets = entry["targets"]
+            cells = [number(targets[task]["value"] if targets else None, missing=NOT_RUN) for task in found["tasks"]]
+            rows.append([found["labels"][name], *cells])
+        metrics = ["*metric*", *(f"*{task['metric']}*" for task in found["tasks"].values())]
+        return table(["system", *found["tasks"]], [metrics, *rows])
+
+    return made
+
+
+def family(*names: str) -> Callable[[Results], str]:
+    """The comparisons of families with their verdicts."""
+
+    def made(found: Results) -> str:
+        head = ["what", "against", "difference", "p", "p, corrected", "verdict", "detectable"]
+        rows = []
+        for name in names:
+            protocol = name.partition(":")[0] if ":" in name else ""
+            for each in found["families"][name]:
+                parts = [protocol] if len(names) > 1 else []
+                parts += [each["target"]] if each["target"] != "mean" else []
+                what = ": ".join([*parts, found["labels"][each["name"]]])
+                values = [probability(each.get(key), found["smallest_p"]) for key in ("p", "p_corrected")]
+                values += [verdict(each), number(each.get("detectable_corrected"))]
+                rows.append([what, found["labels"][each["against"]], difference(each["difference"]), *values])
+        return table(head, rows)
+
+    return made
+
+
+def active_rank(found: Results) -> str:
+    """Methods beside the LoRA of their active rank."""
+    rows = [
+        [
+            protocol,
+            found["labels"][each["name"]],
+            found["labels"][each["against"]],
+            difference(each["difference"]),
+            probability(each.get("p"), found["smallest_p"]),
+        ]
+        for protocol, comparisons in found["equal_active_rank"].items()
+        for each in comparisons
+    ]
+    return table(["protocol", "method", "against", "difference", "p, not corrected"], rows)
+
+
+def gates(found: Results) -> str:
+    """What equal gates at test time do, and how much gates tell about tasks."""
+    rows = []
+    for protocol, routed in found["routing"].items():
+        for name, routing in routed.items():
+            entry = found["scores"][protocol][name]
+            missing = name in ROUTED and entry["targets"] is None
+            if entry["experiment"] not in ("main", "ablations") or (routing is None and not missing):
+                continue
+            asked = found["equal_gates"][protocol].get(name)
+            rows.append([f"{protocol}: {found['labels'][name]}", *of_routing(routing), *of_equal_gates(asked, name)])
+    head = ["system", "seeds", "gates", "bits", "of at most", "bias up to", "in groups", "diversity"]
+    return table([*head, "score at equal gates", "change"], rows)
+
+
+def of_routing(routing: Mapping[str, Any] | None) -> list[str]:
+    """The cells of a system's gates."""
+    if routing is None:
+        return [NOT_RUN] + [NONE] * 6
+    bits = routing["mutual_information"]
+    within = ", ".join(f"{group} {value:.2f}" for group, value in routing["within"].items())
+    return [
+        str(routing["seeds"]),
+        str(routing["gates"]),
+        f"{bits['mean']:.2f} ({bits['lowest']:.2f} to {bits['highest']:.2f})",
+        f"{routing['ceiling']:.2f}",
+        f"{routing['bias_bound']:.2f}",
+        within,
+        f"{routing['diversity']:.2f}",
+    ]
+
+
+def of_equal_gates(asked: Mapping[str, Any] | None, name: str) -> list[str]:
+    """The cells of a system at equal gates, which only the methods have."""
+    if asked is None:
+        return [NOT_RUN if name in ROUTED else NONE] * 2
+    return [score(asked["score"]), difference(asked["difference"])]
+
+
+ROUTED = ("moelora", "molora", "medmoelora", "at_moe")
+
+
+def entries(found: Results, protocol: str, experiment: str) -> dict[str, Any]:
+    """The systems of an experiment."""
+    return {name: each for name, each in found["scores"][protocol].items() if each["experiment"] == experiment}

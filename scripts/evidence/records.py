@@ -1,0 +1,202 @@
+"""The records of an experiment as its page needs them: what was planned, what is done of it, and what is missing."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from grid import all_runs, forecast
+from plan import Run, searched
+from setups import ROOT, Setup
+from store import plain, read
+from tallies import Sheet, System, TaskRows, read_sheet, sheet_of, system_of_runs
+
+from peft_moe.data import task_key
+from peft_moe.reading import read_task_info
+
+Record = dict[str, Any]
+TEST_ROWS = ("main", "ablations", "sampling", "experts", "rank")  # experiments whose finals answer all test rows
+AT_EQUAL_GATES = "{}, equal gates at test time"
+
+
+@dataclass(frozen=True)
+class Finals:
+    """The final runs of a system in a protocol: planned ones, and the records of those that are done, seed by seed."""
+
+    experiment: str
+    planned: list[Run]
+    done: list[Record]
+    needs: list[list[Record]]
+
+    @property
+    def complete(self) -> bool:
+        """Whether all seeds are there."""
+        return len(self.done) == len(self.planned)
+
+
+class Records:
+    """The records of a setup's runs.
+
+    Args:
+        setup: says which runs there are.
+        folder: of the JSON files, a folder for each experiment.
+
+    Raises:
+        ValueError: a file that is no record, or a run that was done with other settings than it has now.
+    """
+
+    def __init__(self, setup: Setup, folder: Path) -> None:
+        self.setup = setup
+        self.found: dict[str, Record] = {}
+        for path in sorted(folder.glob("*/*.json")):
+            record = read(path)
+            self.found[record["id"]] = record
+        self.scores = {run_id: record["scores"]["mean"]["score"] for run_id, record in self.found.items()}
+        self.runs = {run.id: run for run in all_runs(setup, self.scores)}
+        self.planned = forecast(setup, self.scores)
+        stale = [i for i, run in self.runs.items() if i in self.found and self.differs(self.found[i], run)]
+        if stale:
+            raise ValueError(
+                f"Done with other settings than now: {' '.join(stale)}. Do them again with "
+                "`python scripts/evidence/run.py --again --only` and these ids, or delete their files."
+            )
+
+    @staticmethod
+    def differs(record: Record, run: Run) -> bool:
+        """Whether a record is of other settings than the run."""
+        return bool(record["settings"] != plain(run.settings))
+
+    @cached_property
+    def unplanned(self) -> list[str]:
+        """Ids of records that no run of the plan has, such as those of a rate that is not the chosen one."""
+        return sorted(self.found.keys() - self.runs.keys())
+
+    @cached_property
+    def finals(self) -> dict[tuple[str, str], Finals]:
+        """Final runs by protocol and system, in the order of the plan, those without any record too."""
+        planned: dict[tuple[str, str], list[Run]] = {}
+        done: dict[tuple[str, str], list[Run]] = {}
+        for run in self.planned:
+            if run.purpose == "final":
+                planned.setdefault((run.protocol, run.system), []).append(run)
+        for run in self.runs.values():
+            if run.purpose == "final" and run.id in self.found:
+                done.setdefault((run.protocol, run.system), []).append(run)
+        return {
+            key: Finals(
+                runs[0].experiment,
+                runs,
+                [self.found[run.id] for run in done.get(key, ())],
+                [[self.found[need] for need in run.needs if need in self.found] for run in done.get(key, ())],
+            )
+            for key, runs in planned.items()
+        }
+
+    def of(self, protocol: str, experiments: Sequence[str]) -> dict[str, Finals]:
+        """Final runs of experiments by system."""
+        return {
+            system: finals
+            for (of, system), finals in self.finals.items()
+            if of == protocol and finals.experiment in experiments
+        }
+
+    def searches(self) -> Iterator[tuple[str, str, dict[float, float | None], float | None]]:
+        """Protocol, system, the mean score on dev by rate (None while missing), and the chosen rate or None."""
+        planned: dict[tuple[str, str], dict[float, float | None]] = {}
+        for run in self.planned:
+            if run.purpose == "search":
+                rates = planned.setdefault((run.protocol, run.system), {})
+                rates[run.learning_rate or 0.0] = self.scores.get(run.id)
+        for (protocol, system), rates in planned.items():
+            chosen = searched(self.setup, self.scores, protocol, system)[1]
+            yield protocol, system, dict(sorted(rates.items())), chosen
+
+    def state(self) -> list[dict[str, Any]]:
+        """How many runs are planned and done, and which systems lack some, by experiment, protocol and purpose."""
+        kinds: dict[tuple[str, str, str], list[Run]] = {}
+        for run in self.planned:
+            kinds.setdefault((run.experiment, run.protocol, run.purpose), []).append(run)
+        found = []
+        for (experiment, protocol, purpose), runs in kinds.items():
+            left = [run for run in runs if run.id not in self.runs or run.id not in self.found]
+            systems = dict.fromkeys(run.system for run in left)
+            missing = {system: sum(run.system == system for run in left) for system in systems}
+            found.append(
+                {"experiment": experiment, "protocol": protocol, "purpose": purpose, "planned": len(runs)}
+                | {"done": len(runs) - len(left), "missing": missing}
+            )
+        return found
+
+    @cached_property
+    def sheet(self) -> Sheet:
+        """The test rows."""
+        return read_sheet(ROOT / self.setup.data)
+
+    def held_out_sheet(self, task: str) -> Sheet:
+        """The test rows of one task, in their order."""
+        rows, metrics = read_rows(ROOT / self.setup.data)
+        rows = [row for row in rows if task_key(row["task"]) == task]
+        inputs, outputs = [row["input"] for row in rows], [row["output"] for row in rows]
+        return sheet_of([task] * len(rows), inputs, outputs, metrics)
+
+    @cached_property
+    def composite_sheet(self) -> Sheet:
+        """The test rows that need two tasks at once.
+
+        They are made anew where they are not there, by the call that the runs made. An input can be in several pairs
+        of tasks, drawn without plan: so a stratum is here a group of tasks, of which inputs are drawn.
+        """
+        folder = ROOT / self.setup.composite_data
+        if not folder.exists():
+            from make_composites import main
+
+            main(["--source", str(ROOT / self.setup.data), "--out", str(folder), *self.setup.composites])
+        rows, metrics = read_rows(folder)
+        return sheet_by_group(rows, metrics, self.setup)
+
+
+def read_rows(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The test rows of a folder, and the metrics of their tasks."""
+    lines = (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    rows, info = [json.loads(line) for line in lines], read_task_info(str(folder))
+    names = {task_key(row["task"]) for row in rows}
+    return rows, {name: info[name].metric if name in info else "exact_match" for name in names}
+
+
+def sheet_by_group(rows: Sequence[dict[str, Any]], metrics: dict[str, str], setup: Setup) -> Sheet:
+    """A sheet whose strata are groups of tasks."""
+    group_of = {task: index for index, tasks in enumerate(setup.groups.values()) for task in tasks}
+    strata = {row["input"]: group_of[np.atleast_1d(row["task"])[0]] for row in rows}
+    inputs = sorted(strata)
+    unit_of = {unit: index for index, unit in enumerate(inputs)}
+    tasks = {}
+    for task in sorted(metrics):
+        where = [index for index, row in enumerate(rows) if task_key(row["task"]) == task]
+        of_input = np.array([unit_of[rows[index]["input"]] for index in where])
+        outputs = [rows[index]["output"] for index in where]
+        tasks[task] = TaskRows(metrics[task], np.array(where), of_input, outputs)
+    return Sheet(inputs, np.array([strata[unit] for unit in inputs]), tasks, len(rows))
+
+
+def systems_of(sheet: Sheet, finals: dict[str, Finals]) -> dict[str, System]:
+    """The systems that have a record, as `stats.Study` takes them."""
+    return {name: system_of_runs(sheet, with_seeds(each.done)) for name, each in finals.items() if each.done}
+
+
+def equal_gates(sheet: Sheet, finals: dict[str, Finals]) -> dict[str, System]:
+    """Routed systems that were also asked with equal gates, each beside itself so."""
+    found = {}
+    for name, each in finals.items():
+        runs = [record for record in each.done if "uniform" in record]
+        if runs and len(runs) == len(each.done):
+            found[name] = system_of_runs(sheet, runs)
+            found[AT_EQUAL_GATES.format(name)] = system_of_runs(sheet, runs, "uniform")
+    return found
+
+
+def with_seeds(records: Sequence[Record]) -> list[Record]:
+    """Records whose seed is a number: the base model has none, and is one run."""
+    return [record | {"seed": record["seed"] or 0} for record in records]

@@ -1,0 +1,239 @@
+"""All numbers of the page, from the records of runs: what docs/evidence/results.json holds."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from statistics import mean
+from typing import Any
+
+from families import MATCHED_ACTIVE, Pair, compare, counts, described, judged, of_ablations, of_methods
+from grid import SYSTEMS
+from knowledge import general, routing
+from labels import labels
+from records import AT_EQUAL_GATES, TEST_ROWS, Finals, Record, Records, equal_gates, systems_of
+from setups import ROOT
+from stats import LEVEL, Study
+from tallies import System
+from verdicts import POWER
+
+SMALLEST_P = 0.001  # smaller ones are shown as such
+MADE = "python scripts/evidence/page.py"
+Numbers = dict[str, Any]
+
+
+def build(records: Records, *, draws: int = 10_000) -> Numbers:
+    """The page's numbers; without any record they say what is missing.
+
+    Args:
+        records: of the runs.
+        draws: of the bootstrap.
+    """
+    info = json.loads((ROOT / records.setup.data / "tasks.json").read_text(encoding="utf-8"))["tasks"]
+    groups = {task: group for group, tasks in records.setup.groups.items() for task in tasks}
+    rows = sum(info[task]["n"]["dev"] for task in groups)
+    found: Numbers = {"made_by": MADE, "level": LEVEL, "power": POWER, "smallest_p": SMALLEST_P, "draws": draws}
+    found |= {"labels": labels(records.setup), "setup": setup_of(records), "provenance": provenance(records)}
+    found["tasks"] = {task: {"group": groups[task], "metric": info[task]["metric"]} for task in groups}
+    found["state"], found["unplanned"] = records.state(), records.unplanned
+    found["searches"] = searches(records)
+    studies = {protocol: main_study(records, protocol, draws) for protocol in records.setup.protocols}
+    gates = {protocol: gate_study(records, protocol, draws) for protocol in records.setup.protocols}
+    found["scores"] = {name: scores(study, records.of(name, TEST_ROWS)) for name, study in studies.items()}
+    found["unstable"] = {name: study.unstable if study else {} for name, study in studies.items()}
+    found["families"] = families(records, studies, gates)
+    found["counts"] = {name: counts(family) for name, family in found["families"].items()}
+    found["equal_active_rank"] = {
+        name: beside(records, name, study, [Pair(*pair) for pair in MATCHED_ACTIVE.items()])
+        for name, study in studies.items()
+    }
+    found["equal_gates"] = {name: at_equal_gates(study) for name, study in gates.items()}
+    found["composite"] = composite(records, draws)
+    found["held_out"] = held_out(records, draws)
+    base = next((each["general"] for each in done(records, "base") if "general" in each), None)
+    finals = records.of("instruction", ("main", "ablations"))
+    found["general"] = {name: general(each.done, base) for name, each in finals.items()}
+    found["routing"] = {
+        protocol: {name: routing(each.done, groups, rows) for name, each in records.of(protocol, TEST_ROWS).items()}
+        for protocol in records.setup.protocols
+    }
+    found["routing_rows"] = rows
+    return short(found)
+
+
+def setup_of(records: Records) -> Numbers:
+    """What all runs have in common."""
+    setup = records.setup
+    return {
+        "model": (setup.source or setup.model).rpartition("/")[2],
+        "data": setup.data,
+        "rates": setup.rates,
+        "beyond": setup.beyond,
+        "seeds": {name or "all others": seeds for name, seeds in setup.seeds.items()},
+        "searches": setup.search,
+        "search_bare": setup.search_bare,
+        "held_out": setup.held_out or setup.tasks,
+        "unequal": setup.unequal,
+        "flags": setup.common,
+        "systems": SYSTEMS,
+    }
+
+
+def provenance(records: Records) -> Numbers:
+    """Commits, versions and machines of the runs, each once."""
+    found: Numbers = {"commits": [], "versions": [], "machines": []}
+    for record in (record for run_id, record in records.found.items() if run_id in records.runs):
+        for name, key in (("commits", "commit"), ("versions", "versions"), ("machines", "machine")):
+            if record.get(key) is not None and record[key] not in found[name]:
+                found[name].append(record[key])
+    return found
+
+
+def searches(records: Records) -> list[Numbers]:
+    """Learning rates and their scores on dev."""
+    return [
+        {"protocol": protocol, "system": system, "chosen": chosen}
+        | {"rates": [{"rate": rate, "score": score} for rate, score in rates.items()]}
+        for protocol, system, rates, chosen in records.searches()
+    ]
+
+
+def main_study(records: Records, protocol: str, draws: int) -> Study | None:
+    """All systems of a protocol that answered all test rows."""
+    return study_of(systems_of(records.sheet, records.of(protocol, TEST_ROWS)), draws)
+
+
+def gate_study(records: Records, protocol: str, draws: int) -> Study | None:
+    """The complete methods beside themselves with equal gates: a study of its own, as these were not trained so."""
+    complete = {name: each for name, each in records.of(protocol, ("main",)).items() if each.complete}
+    return study_of(equal_gates(records.sheet, complete), draws)
+
+
+def study_of(systems: Mapping[str, System], draws: int) -> Study | None:
+    """A study, if there are systems."""
+    return Study(systems, draws=draws) if systems else None
+
+
+def scores(study: Study | None, finals: Mapping[str, Finals]) -> Numbers:
+    """By system: seeds, sizes, times, and scores with intervals; `targets` is None where nothing has been run."""
+    return {
+        name: described_runs(each) | {"targets": estimates(study, name) if study and each.done else None}
+        for name, each in finals.items()
+    }
+
+
+def estimates(study: Study, name: str) -> Numbers:
+    """The scores of a system by target."""
+    return {target: asdict(estimate) for target, estimate in study.estimate(name).items()}
+
+
+def described_runs(finals: Finals) -> Numbers:
+    """What a system's runs say beside their scores. `all_stages` adds the runs whose adapters they start from."""
+    found: Numbers = {"experiment": finals.experiment, "planned": len(finals.planned)}
+    found |= {"runs": len(finals.done), "seeds": [record["seed"] for record in finals.done]}
+    if not finals.done:
+        return found
+    first, trained = finals.done[0], [record["seconds"].get("train_cpu", 0.0) for record in finals.done]
+    before = [sum(need["seconds"].get("train_cpu", 0.0) for need in needs) for needs in finals.needs]
+    return found | {
+        "learning_rate": first["learning_rate"],
+        "parameters": first["parameters"],
+        "all_stages": {
+            "trainable": first["parameters"]["trainable"]
+            + sum(need["parameters"]["trainable"] for need in finals.needs[0]),
+            "train_cpu": mean(own + earlier for own, earlier in zip(trained, before, strict=True)),
+        },
+        "seconds": {
+            "train_cpu": mean(trained),
+            "train_wall": mean(record["seconds"].get("train_wall", 0.0) for record in finals.done),
+            "answer_wall": mean(record["seconds"]["answer_wall"] for record in finals.done),
+        },
+    }
+
+
+def families(records: Records, studies: Mapping[str, Study | None], gates: Mapping[str, Study | None]) -> Numbers:
+    """Verdicts, by family: see families.py."""
+    found = {}
+    for protocol, study in studies.items():
+        complete = {name for name, each in records.of(protocol, TEST_ROWS).items() if each.complete}
+        found[f"{protocol}: mean"] = judged(compare(study, of_methods(), complete))
+        found[f"{protocol}: tasks"] = judged(compare(study, of_methods(records.setup.tasks), complete))
+        if protocol == "instruction":
+            asked = gates[protocol]
+            made = compare(study, of_ablations(), complete)
+            made |= {
+                pair: comparison
+                for pair, comparison in compare(asked, of_ablations(), set(asked.systems if asked else ())).items()
+                if pair.name == AT_EQUAL_GATES.format(pair.other)
+            }
+            found["ablations"] = judged(made)
+    return found
+
+
+def beside(records: Records, protocol: str, study: Study | None, pairs: list[Pair]) -> list[Numbers]:
+    """Comparisons without verdicts."""
+    complete = {name for name, each in records.of(protocol, TEST_ROWS).items() if each.complete}
+    return [described(pair, comparison) for pair, comparison in compare(study, pairs, complete).items()]
+
+
+def at_equal_gates(study: Study | None) -> Numbers:
+    """Methods with equal gates: their scores, and the difference from the gates that they have."""
+    names = [name for name in study.systems if AT_EQUAL_GATES.format(name) in study.systems] if study else []
+    found = {}
+    for name in names if study else ():
+        equal = AT_EQUAL_GATES.format(name)
+        difference = study.compare(equal, name)["mean"].difference
+        found[name] = {"score": asdict(study.estimate(equal)["mean"]), "difference": asdict(difference)}
+    return found
+
+
+def composite(records: Records, draws: int) -> Numbers:
+    """Scores on rows that need two tasks, and differences from the stock LoRA that was trained on the same rows."""
+    finals = records.of("instruction", ("composite",))
+    systems = systems_of(records.composite_sheet, finals) if any(each.done for each in finals.values()) else {}
+    study = study_of(systems, draws)
+    found = scores(study, finals)
+    for name, entry in found.items():
+        other = f"lora-r16-{name.partition('-')[2]}"
+        there = study is not None and other in finals and finals[name].complete and finals[other].complete
+        entry["difference"] = None
+        if study is not None and there and name != other:
+            entry["difference"] = asdict(study.compare(name, other)["mean"].difference)
+    return found
+
+
+def held_out(records: Records, draws: int) -> list[Numbers]:
+    """Scores on tasks that were left out of training; of one seed, so that intervals are of inputs alone."""
+    found = []
+    finals = records.of("instruction", ("held_out",))
+    for task in records.setup.held_out or records.setup.tasks:
+        sheet = records.held_out_sheet(task)
+        for name in [name for name in finals if name.endswith(f"-without-{task}")]:
+            entry: Numbers = {"task": task, "name": name, "system": name.removesuffix(f"-without-{task}")}
+            entry |= {"score": one_score(systems_of(sheet, {name: finals[name]}), draws, name)}
+            equal = AT_EQUAL_GATES.format(name)
+            entry["equal_gates"] = one_score(equal_gates(sheet, {name: finals[name]}), draws, equal)
+            found.append(entry)
+    return found
+
+
+def one_score(systems: Mapping[str, System], draws: int, name: str) -> Numbers | None:
+    """The mean score of a system, if it is there."""
+    return asdict(Study(systems, draws=draws).estimate(name)["mean"]) if name in systems else None
+
+
+def done(records: Records, system: str) -> list[Record]:
+    """The records of a system of the main experiment, with instructions."""
+    finals = records.finals.get(("instruction", system))
+    return finals.done if finals else []
+
+
+def short(value: Any) -> Any:
+    """Numbers to six digits, as far as they mean anything; and what JSON can hold."""
+    if isinstance(value, Mapping):
+        return {str(key): short(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [short(entry) for entry in value]
+    if isinstance(value, float) or hasattr(value, "dtype"):
+        value = float(value)
+        return float(f"{value:.6g}") if abs(value) < float("inf") else None
+    return value
