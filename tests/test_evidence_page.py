@@ -15,6 +15,7 @@ from more_tables import TABLES
 from page import BEGIN, END, NO_PICTURE, filled, write
 from page_pictures import PICTURES
 from records import Records
+from results import build
 from rows import make_unequal, sizes
 from setups import ROOT, full
 from store import write as write_record
@@ -268,3 +269,20 @@ def test_the_page_says_what_was_asked_and_names_every_threat():
     assert [int(number) for number in re.findall(r"^(\d+)\. ", threats, flags=re.MULTILINE)] == list(range(1, 13))
     for word in ("--match_lora parameters", "--hours", "page.py"):
         assert word in text
+
+
+@pytest.mark.slow
+def test_the_committed_numbers_are_those_of_the_committed_records():
+    def leaves(value, path=()):
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        found = {path: value} if not isinstance(value, (dict, list)) else {}
+        for key, entry in items:
+            found |= leaves(entry, (*path, key))
+        return found
+
+    committed = leaves(json.loads((PAGE.with_suffix("") / "results.json").read_text(encoding="utf-8")))
+    found = leaves(build(Records(full(), PAGE.with_suffix("") / "runs")))
+    assert found.keys() == committed.keys()
+    for path, value in found.items():
+        is_measured = isinstance(value, float)
+        assert value == (pytest.approx(committed[path], rel=1e-3, abs=1e-4) if is_measured else committed[path]), path
