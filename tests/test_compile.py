@@ -47,7 +47,7 @@ def same(found, expected):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["training", "inference"])
 @pytest.mark.parametrize("method", [*METHODS, *MORE])
 def test_twenty_lengths_take_one_graph_and_give_what_eager_gives(method, training):
     model, compiled, eager = compiled_and_eager(method, training=training)
@@ -58,7 +58,7 @@ def test_twenty_lengths_take_one_graph_and_give_what_eager_gives(method, trainin
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["training", "inference"])
 @pytest.mark.parametrize("method", METHODS)
 def test_by_default_the_second_length_compiles_again_and_no_other(method, training):
     """As for a model without an adapter: torch learns from it that lengths vary."""

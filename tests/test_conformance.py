@@ -204,7 +204,8 @@ def test_what_is_saved_is_what_is_loaded(kind, name, tmp_path):
     model.save_pretrained(tmp_path)
     for how in ({"is_trainable": True}, {"low_cpu_mem_usage": True, "adapter_name": "other"}):
         loaded = PeftModel.from_pretrained(base_of(name), tmp_path, **how)
-        assert torch.equal(out(loaded, name), expected), how
+        # tensors that stay in the file's memory lie at other addresses, for which some CPUs round differently
+        torch.testing.assert_close(out(loaded, name), expected, rtol=1e-6, atol=1e-6)
         renamed = {key.replace(".other.", ".default.") for key in trainable(loaded)}
         assert renamed == (trainable(model) if how.get("is_trainable") else set())
 

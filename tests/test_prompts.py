@@ -698,6 +698,7 @@ def test_a_compiled_block_keeps_to_the_weights_of_the_prompt(tmp_path):
         assert torch.equal(found[0], ids)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_that_decodes_by_hand_keeps_to_the_prompt(tmp_path):
     model, ids = small(tmp_path), make_inputs("llama", batch=2, seq=6)["input_ids"]
     expected = logits(model, {"input_ids": ids}, prompt_mask=(torch.arange(6) < 3).expand(2, 6))

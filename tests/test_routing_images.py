@@ -175,6 +175,8 @@ def test_at_moe_has_the_means_that_explain_gives(tmp_path, router_input):
 def test_figures_are_released(tmp_path, monkeypatch):
     from matplotlib import pyplot
 
+    before = pyplot.get_fignums()  # of other tests
+
     alive = []
 
     def watched(routing):
@@ -190,7 +192,7 @@ def test_figures_are_released(tmp_path, monkeypatch):
     gc.collect()
     assert len(alive) == 2 * len(PICTURES["molora"])
     assert not [figure for figure in alive if figure() is not None]
-    assert not pyplot.get_fignums()
+    assert pyplot.get_fignums() == before
 
 
 def test_the_line_says_how_routing_is():

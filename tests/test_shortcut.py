@@ -628,6 +628,7 @@ def test_another_saved_adapter_in_its_place(kind, runs, tmp_path):
     assert not torch.allclose(after, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_compiled_model_does_not_take_it(kind, runs, tmp_path):
     torch.compiler.reset()

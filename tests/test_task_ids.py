@@ -399,6 +399,7 @@ def test_a_model_that_checkpoints_itself_sees_the_ids_of_its_last_forward(use_re
         torch.testing.assert_close(gradients[1][key], gradients[0][key])
 
 
+@pytest.mark.slow  # test_compile.py has lengths in one graph
 def test_a_compiled_model_has_no_breaks_and_no_stale_ids():
     model, inputs = routed("llama"), make_inputs("llama")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -77,6 +77,7 @@ def test_each_expert_is_a_stock_lora_of_its_tasks_and_a_second_call_leaves_it(re
     assert f"Expert 1 of 3, size: is in {experts / 'size'} already; --again" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_expert_that_is_there_is_trained_anew_if_asked(recipe, tmp_path):
     folder = tmp_path / "experts" / "size"
     folder.mkdir(parents=True)
@@ -90,6 +91,7 @@ def test_an_expert_that_is_there_is_trained_anew_if_asked(recipe, tmp_path):
     assert (folder / WEIGHTS).read_bytes() != b"old"
 
 
+@pytest.mark.slow
 def test_the_first_expert_that_fails_ends_the_call_with_its_name_and_exit_code(recipe, tmp_path, capfd):
     with pytest.raises(SystemExit) as ended:
         main([str(recipe), "--learning_rat", "0.02"])

@@ -174,8 +174,8 @@ def test_one_expert_is_trained_as_a_stock_lora_is(how, kind, tmp_path):
         found[name] = losses(trainer), pairs(trainer.model, name)
     assert found["ours"][0] == pytest.approx(found["stock"][0], rel=1e-5, abs=1e-7)
     for key, (a, b) in found["stock"][1].items():
-        torch.testing.assert_close(found["ours"][1][key][0], a)
-        torch.testing.assert_close(found["ours"][1][key][1], b)
+        torch.testing.assert_close(found["ours"][1][key][0], a, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found["ours"][1][key][1], b, rtol=1e-4, atol=1e-5)
 
 
 def one_expert(kind, fields):
