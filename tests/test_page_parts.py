@@ -184,6 +184,18 @@ def test_charts_by_depth_say_their_numbers(show):
         assert tip(page) == ("Block 2", {layer["module"]: value(layer) for layer in routing["layers"][6:]})
 
 
+def test_the_largest_entropy_is_that_of_as_many_experts_as_a_token_gets(show):
+    def top_2(routing):
+        for layer in routing["layers"]:
+            layer["chosen_per_token"] = 2.0
+
+    page, _, _ = show(**KINDS["molora"], change=top_2)
+    assert (
+        f"ln 2 = {math.log(2):.2f} if the 2 experts that a token gets" in page.locator("#entropy-note").text_content()
+    )
+    assert f"{math.log(2):.2f}" in page.locator("#depth-charts figure").nth(1).locator("svg").text_content()
+
+
 def test_similarity_starts_with_the_layer_that_has_copies(show):
     page, routing, _ = show(**KINDS["molora"])
     similarity = routing["layers"][0]["similarity"]

@@ -120,13 +120,16 @@ function renderGroups(layers) {
     (layer, g) => ofCell(`${layer.name}, ${named[g]}`, `weight${ofTask()}`, groupLoad(layer, g)));
 }
 
+// How many experts a token gets at most, which limits the entropy of its weights.
+const mostOfToken = layers => Math.max(2, Math.round(largest(layers.map(layer => layer.chosen_per_token ?? layer.experts.length))));
+
 // What is drawn by depth: {title, value(layer), format, axis, high}; no `high` is the largest value, or `least`.
 function depthFigures(layers) {
   const most = largest(layers.map(layer => layer.experts.length), 2), one = value => decimals(value, 1), two = value => decimals(value);
   const of = ofOneTask() ? ` (task ${short(filters.task, 40)})` : "";
   const figures = [
     {title: `Experts in use (effective)${of}`, value: effective, format: one, high: most},
-    {title: `Entropy of a token's weights, nats${of}`, value: layer => partOf(layer)?.entropy, format: two, high: Math.log(most)},
+    {title: `Entropy of a token's weights, nats${of}`, value: layer => partOf(layer)?.entropy, format: two, high: Math.log(mostOfToken(layers))},
     {title: `Largest load of an expert${of}`, value: layer => partOf(layer) ? largest(partOf(layer).load) : null,
       format: percent, axis: wholePercent, high: 1},
   ];
@@ -142,8 +145,8 @@ function depthFigures(layers) {
 
 function renderDepth(layers) {
   byId("depth").hidden = routing.layers.length < 2;
-  const most = largest(layers.map(layer => layer.experts.length), 2);
-  byId("entropy-note").textContent = `ln ${most} = ${decimals(Math.log(most))} if all ${most} experts weigh the same`;
+  const most = mostOfToken(layers);
+  byId("entropy-note").textContent = `ln ${most} = ${decimals(Math.log(most))} if the ${most} experts that a token gets weigh the same`;
   // Lines need a place on the axis: the block, or, if a name has none, the layer.
   const numbered = layers.every(({block}) => block !== null), xName = numbered ? "Block" : "Layer";
   const places = numbered ? blocksOf(layers) : layers, xs = places.map(place => numbered ? String(place) : place.name);
