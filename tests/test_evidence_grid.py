@@ -91,7 +91,8 @@ def test_the_experiment_of_the_page_is_cut_where_it_says():
     runs = forecast(full(), {})
     assert {r.purpose for r in runs if r.protocol == "bare"} == {"final"}
     for r in runs:
-        assert ("max_rows_per_task" in r.settings) == (r.purpose == "search")
+        if r.trains:  # rows that were derived are few as they are
+            assert r.settings["max_rows_per_task"] == (125 if r.settings["dataset"] == full().data else None)
     seeds = {r.experiment: {x.seed for x in runs if x.experiment == r.experiment} - {None, 0} for r in runs}
     assert {name for name, found in seeds.items() if found == {1, 2, 3}} == {"main", "ablations", "composite"}
     assert {r.scored[0] for r in runs if r.experiment == "held_out"} == {"icd_chronic", "rad_modality", "def_system"}

@@ -182,7 +182,7 @@ def changes_of(experiment: str, changes: Changes) -> Callable[[Setup, Scores], I
 
     def runs(setup: Setup, done: Scores) -> Iterator[Run]:
         for name, (system, change) in changes.items():
-            measure = () if system.startswith("lora") or change.get("num_experts") == 1 else ("uniform", "routing")
+            measure = () if system.startswith("lora") or change.get("num_experts") == 1 else ("routing",)
             if experiment == "ablations" and system == "medmoelora":
                 measure += ("general",)
             yield from changed(setup, done, experiment, name, system, change, measure=measure)
@@ -194,7 +194,7 @@ def sampling(setup: Setup, done: Scores) -> Iterator[Run]:
     """Tasks of unequal sizes, drawn by each strategy; the steps are the same."""
     for system in ("lora-r16", "moelora"):
         for strategy in STRATEGIES:
-            change = {"dataset": setup.unequal_data, "mixing": strategy}
+            change = {"dataset": setup.unequal_data, "mixing": strategy, "max_rows_per_task": None}
             yield from changed(setup, done, "sampling", f"{system}-sampled-{strategy}", system, change)
 
 
@@ -218,7 +218,7 @@ def composite(setup: Setup, done: Scores) -> Iterator[Run]:
     MOELoRA is told both tasks of a row, for which its config takes the mean of their embeddings.
     """
     yield base(setup, "instruction", "composite", setup.composite_data, ())
-    on_composites = {"dataset": setup.composite_data}
+    on_composites = {"dataset": setup.composite_data, "max_rows_per_task": None}
     for system in ASKED_AGAIN:
         rate = searched(setup, done, "instruction", system)[1]
         for run in changed(setup, done, "composite", f"{system}-of-single-tasks", system, on_composites):
@@ -226,7 +226,7 @@ def composite(setup: Setup, done: Scores) -> Iterator[Run]:
             if run.seed in setup.seeds_of("main"):
                 yield Run.of(run.to_dict() | {"adapter": trained, "needs": (trained,)})
     for system in ASKED_AGAIN:
-        measure = () if system.startswith("lora") else ("uniform", "routing")
+        measure = () if system.startswith("lora") else ("routing",)
         name = f"{system}-of-composites"
         yield from changed(setup, done, "composite", name, system, on_composites, measure=measure)
 

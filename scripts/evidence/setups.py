@@ -104,7 +104,7 @@ class Setup:
 def full() -> Setup:
     """The experiment that the page reports, cut to a night on two cores.
 
-    Searches see half of the rows, the bare protocol takes the other's rates, and what only looks around has one seed.
+    Training has half of the rows, the bare protocol takes the other's rates, and what only looks around has one seed.
     """
     data, folder = "data/medmulti/mini", "runs/evidence"
     once = dict.fromkeys(("held_out", "sampling", "experts", "rank"), (1,))
@@ -115,8 +115,8 @@ def full() -> Setup:
         read_groups(ROOT / data),
         seeds={"": (1, 2, 3), **once},
         search_bare=False,
-        search={"max_rows_per_task": 125},
         held_out=("icd_chronic", "rad_modality", "def_system"),
+        common=COMMON | {"max_rows_per_task": 125},
         source=SOURCE,
     )
 

@@ -33,7 +33,9 @@ def generate_answers(
     max_new_tokens: int = 48,
     progress: bool = True,
 ) -> list[str]:
-    """Answer examples greedily, in batches of rows of similar length.
+    """Answer examples greedily, in batches of rows of one task, and of similar length within it.
+
+    A batch takes as long as its longest answer, and those of one task are much alike.
 
     Args:
         model: a causal language model, with or without an adapter; one of ours is told each row's task.
@@ -57,7 +59,8 @@ def generate_answers(
     pairs = [tokenize(messages, tokenizer) for messages in examples["messages"]]
     prompts = [torch.tensor(prompt) for prompt, _ in pairs]
     options = {"do_sample": False, "max_new_tokens": max_new_tokens} | _special_ids(model, tokenizer, pairs[0][1][-1])
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
+    labels = list(map(task_key, examples["task"])) if "task" in examples.column_names else [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda row: (labels[row], -len(prompts[row])))
     answers = [""] * len(prompts)
     training = model.training
     model.eval()
