@@ -33,7 +33,7 @@ def setup(found: Results) -> str:
         ["base model", f"`{given['model']}`"],
         ["rows", f"`{given['data']}`"],
         ["learning rates tried", f"{rates}; {low:g} or {high:g} too, if the best is the lowest or the highest"],
-        ["searches", f"seed 0; {' '.join(f'`{name}={value}`' for name, value in given['searches'].items())}"],
+        ["searches", "; ".join(("seed 0", *(f"`{name}={value}`" for name, value in given["searches"].items())))],
         ["rates of the bare protocol", "searched too" if given["search_bare"] else "those of the instruction protocol"],
         ["seeds of final runs", seeds],
         ["tasks held out", ", ".join(given["held_out"])],
