@@ -51,7 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="do those named by --only although they are done")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes at a time; one per core")
     parser.add_argument("--hours", type=float, help="start nothing that would not end within so many hours")
-    parser.add_argument("--quick", action="store_true", help="see in a minute or two that every step works")
+    parser.add_argument("--quick", action="store_true", help="see in a few minutes that every step works")
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers {args.workers} is no number of processes; use 1 or more.")

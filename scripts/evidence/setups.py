@@ -122,7 +122,7 @@ def full() -> Setup:
 
 
 def quick() -> Setup:
-    """A minute or two to see that every step works; what it measures means nothing."""
+    """A few minutes to see that every step works; what it measures means nothing."""
     data, folder = "data/medmulti/tiny", "runs/evidence-quick"
     few = {"max_rows_per_task": 2, "max_steps": 2, "per_device_train_batch_size": 1, "max_new_tokens": 4}
     systems = ("base", "lora-r16", "lora-per-task", "moelora", "molora", "medmoelora", "at_moe")
