@@ -16,24 +16,27 @@ from transformers import TrainingArguments
 
 from peft_moe.arguments import parse_arguments
 
-RATES, BEYOND = (3e-4, 1e-3, 3e-3), (1e-4, 1e-2)
-LOW, MIDDLE, HIGH = RATES
+RATES, BEYOND = (1e-3, 3e-3), ((3e-4, 1e-4), (1e-2, 3e-2))
+LOW, HIGH = RATES
+MIDDLE = HIGH
 
 
 @pytest.mark.parametrize(
     ("scores", "tried", "chosen"),
     [
-        ({}, [LOW, MIDDLE, HIGH], None),
-        ({LOW: 0.9, MIDDLE: 0.5}, [LOW, MIDDLE, HIGH], None),
-        ({LOW: 0.1, MIDDLE: 0.3, HIGH: 0.2}, [LOW, MIDDLE, HIGH], MIDDLE),
-        ({LOW: 0.1, MIDDLE: 0.3, HIGH: 0.4}, [LOW, MIDDLE, HIGH, 1e-2], None),
-        ({LOW: 0.1, MIDDLE: 0.3, HIGH: 0.4, 1e-2: 0.2}, [LOW, MIDDLE, HIGH, 1e-2], HIGH),
-        ({LOW: 0.1, MIDDLE: 0.3, HIGH: 0.4, 1e-2: 0.5}, [LOW, MIDDLE, HIGH, 1e-2], 1e-2),  # and no further
-        ({LOW: 0.5, MIDDLE: 0.3, HIGH: 0.4}, [LOW, MIDDLE, HIGH, 1e-4], None),
-        ({LOW: 0.1, MIDDLE: 0.3, HIGH: 0.3}, [LOW, MIDDLE, HIGH], MIDDLE),  # of equal ones the lower
+        ({}, [LOW, HIGH], None),
+        ({LOW: 0.9}, [LOW, HIGH], None),
+        ({LOW: 0.3, HIGH: 0.2}, [LOW, HIGH, 3e-4], None),
+        ({LOW: 0.3, HIGH: 0.2, 3e-4: 0.1}, [LOW, HIGH, 3e-4], LOW),
+        ({LOW: 0.3, HIGH: 0.2, 3e-4: 0.3}, [LOW, HIGH, 3e-4, 1e-4], None),  # of equal ones the lower
+        ({LOW: 0.3, HIGH: 0.2, 3e-4: 0.4, 1e-4: 0.5}, [LOW, HIGH, 3e-4, 1e-4], 1e-4),  # there is no lower one
+        ({LOW: 0.3, HIGH: 0.4}, [LOW, HIGH, 1e-2], None),
+        ({LOW: 0.3, HIGH: 0.4, 1e-2: 0.1}, [LOW, HIGH, 1e-2], HIGH),
+        ({LOW: 0.3, HIGH: 0.4, 1e-2: 0.5}, [LOW, HIGH, 1e-2, 3e-2], None),
+        ({LOW: 0.3, HIGH: 0.4, 1e-2: 0.5, 3e-2: 0.4}, [LOW, HIGH, 1e-2, 3e-2], 1e-2),
     ],
 )
-def test_a_rate_is_chosen_when_all_are_scored_and_an_edge_is_looked_beyond_once(scores, tried, chosen):
+def test_a_rate_is_chosen_when_it_has_a_worse_one_on_either_side(scores, tried, chosen):
     assert search(RATES, BEYOND, scores) == (tried, chosen)
 
 

@@ -1,7 +1,7 @@
 """The runs of all experiments as data; what is done decides which can be named, so the list grows as results arrive.
 
 Every function here is pure. A system's learning rate is the one with the best mean score on dev, seed 0; if that is the
-lowest or the highest that was tried, one more beyond it is tried, once. Final runs have that rate and other seeds, and
+lowest or the highest that was tried, the next beyond it is tried too. Final runs have that rate and other seeds, and
 only they read the test split. Systems outside of the experiment `main` have no search of their own: they take the rate
 that the system they change has in the instruction protocol.
 """
@@ -27,7 +27,7 @@ AT_MOE: Flags = {"method": "at_moe", "router_input": "token"}  # and the experts
 # experts at work, and AT-MoE nine of rank 16, so that each has one LoRA of the same size by either measure.
 SYSTEMS: dict[str, Flags] = {
     "lora-r16": LORA,
-    "lora-per-task": LORA | {"per_device_train_batch_size": 4},  # or an adapter would have no more than 31 steps
+    "lora-per-task": LORA | {"per_device_train_batch_size": 2},  # 63 steps an adapter; 8 would be 16 steps
     "lora-like-molora-parameters": MOLORA | {"match_lora": "parameters"},
     "lora-like-molora-active": MOLORA | {"match_lora": "active"},
     "lora-like-medmoelora-parameters": MEDMOELORA | {"match_lora": "parameters"},
@@ -38,6 +38,7 @@ SYSTEMS: dict[str, Flags] = {
     "at_moe": AT_MOE,
 }
 PER_TASK, GENERAL = EXPERTS = ("lora-per-task", "lora-r16")  # whose adapters are AT-MoE's experts
+TOLD = ("lora-per-task", "moelora")  # what tells tasks apart where the text does not
 ASKED_AGAIN = ("lora-r16", "moelora", "at_moe")  # whose adapters answer composite rows too
 
 Changes = dict[str, tuple[str, Flags]]  # by name, the system that is changed and the changes
@@ -48,26 +49,31 @@ ABLATIONS: Changes = {
     "moelora-gate-per-layer": ("moelora", {"gate_scope": "layer"}),
     "molora-k1": ("molora", {"top_k": 1}),
     "molora-k3": ("molora", {"top_k": 3}),
-    "molora-attention-too": ("molora", {"num_experts_pattern": "{}"}),
     # 4 experts in each of 30 layers are 120, and the ascending schedule has 110
     "medmoelora-uniform-schedule": ("medmoelora", {"expert_schedule": "uniform", "num_experts": 4}),
     "medmoelora-descending": ("medmoelora", {"expert_schedule": "descending"}),
     "medmoelora-no-base-expert": ("medmoelora", {"adapter_options": '{"num_base_experts": 0}'}),
-    "medmoelora-no-balance-loss": ("medmoelora", {"balance_loss": "none"}),
     "at_moe-flat": ("at_moe", {"flat_routing": True}),
 }
-# MOELoRA's experts share rank 32 here, since rank 16 does not split over 32 experts. The scaling stays 2.
+# The balance loss of the recipe is no more than 0.0025 of a loss: without it little can change, so a strong one too.
+VARIANTS: Changes = {
+    "medmoelora-no-balance-loss": ("medmoelora", {"balance_loss": "none"}),
+    "medmoelora-strong-balance-loss": ("medmoelora", {"balance_coefficient": 1.0}),
+    "molora-attention-too": ("molora", {"num_experts_pattern": "{}"}),
+}
+# MOELoRA's experts share rank 32 here, since rank 16 does not split over 32 experts. Its gates are about 1 / N, and the
+# scaling, lora_alpha / r, makes up for it: gate · scaling is 1/4, as in the main comparison.
 NUMBERS: Changes = {
-    **{f"moelora-r32-n{n}": ("moelora", {"r": 32, "lora_alpha": 64, "num_experts": n}) for n in (4, 8, 16, 32)},
-    **{f"molora-n{n}": ("molora", {"num_experts": n}) for n in (4, 16, 32)},
+    **{f"moelora-r32-n{n}": ("moelora", {"r": 32, "lora_alpha": 8 * n, "num_experts": n}) for n in (4, 8, 32)},
+    **{f"molora-n{n}": ("molora", {"num_experts": n}) for n in (4, 32)},
 }
 # The scaling stays 2. Rank 32 of MOELoRA with 8 experts is among NUMBERS.
 RANKS: Changes = {
     **{f"lora-r{r}": ("lora-r16", {"r": r, "lora_alpha": 2 * r}) for r in (8, 64)},
     **{f"moelora-r{r}": ("moelora", {"r": r, "lora_alpha": 2 * r}) for r in (8, 64)},
-    **{f"molora-r{r}": ("molora", {"r": r, "lora_alpha": 2 * r}) for r in (4, 8)},
+    "molora-r4": ("molora", {"r": 4, "lora_alpha": 8}),
 }
-STRATEGIES = ("proportional", "uniform", "temperature")
+STRATEGIES = ("proportional", "uniform")
 
 
 def next_runs(setup: Setup, done: Scores) -> list[Run]:
@@ -86,6 +92,14 @@ def forecast(setup: Setup, done: Scores) -> list[Run]:
     while new := next_runs(setup, guess):
         guess |= {run.id: -1.0 - abs((run.learning_rate or 0.0) - setup.rates[len(setup.rates) // 2]) for run in new}
     return all_runs(setup, guess)
+
+
+def importance(run: Run) -> int:
+    """Where a run stands in the order of work: experiment by experiment, and last what is not told the task, bare."""
+    order = list(EXPERIMENTS)
+    if run.protocol == "bare" and run.system not in ("base", *EXPERTS, *TOLD):
+        return len(order)
+    return order.index(run.experiment)
 
 
 def is_kept(run: Run) -> bool:
@@ -120,10 +134,13 @@ def main(setup: Setup, done: Scores) -> Iterator[Run]:
 def measured(system: str, protocol: str) -> tuple[str, ...]:
     """What is measured of a system's final run beside its answers.
 
-    General knowledge is asked of one adapter for all tasks, after training with instructions.
+    General knowledge is asked of one adapter for all tasks, after training with instructions. Bare, equal gates are
+    asked of the one method that is told the task.
     """
-    general = ("general",) if protocol == "instruction" and system != PER_TASK else ()
-    return (() if system.startswith("lora") else ("uniform", "routing")) + general
+    general = ("general",) if protocol == "instruction" and system not in (PER_TASK, "lora-like-molora-active") else ()
+    if system.startswith("lora"):
+        return general
+    return (("uniform",) if protocol == "instruction" or system in TOLD else ()) + ("routing", *general)
 
 
 def base(setup: Setup, protocol: str, experiment: str, data: str, measure: tuple[str, ...]) -> Run:
@@ -178,12 +195,12 @@ def changed(
 
 
 def changes_of(experiment: str, changes: Changes) -> Callable[[Setup, Scores], Iterator[Run]]:
-    """An experiment that changes systems. General knowledge is what Med-MoE-LoRA's parts are there for."""
+    """An experiment that changes systems. General knowledge is what Med-MoE-LoRA's base expert is there for."""
 
     def runs(setup: Setup, done: Scores) -> Iterator[Run]:
         for name, (system, change) in changes.items():
             measure = () if system.startswith("lora") or change.get("num_experts") == 1 else ("routing",)
-            if experiment == "ablations" and system == "medmoelora":
+            if name == "medmoelora-no-base-expert":
                 measure += ("general",)
             yield from changed(setup, done, experiment, name, system, change, measure=measure)
 
@@ -194,7 +211,7 @@ def sampling(setup: Setup, done: Scores) -> Iterator[Run]:
     """Tasks of unequal sizes, drawn by each strategy; the steps are the same."""
     for system in ("lora-r16", "moelora"):
         for strategy in STRATEGIES:
-            change = {"dataset": setup.unequal_data, "mixing": strategy, "max_rows_per_task": None}
+            change = {"dataset": setup.unequal_data, "mixing": strategy}
             yield from changed(setup, done, "sampling", f"{system}-sampled-{strategy}", system, change)
 
 
@@ -218,7 +235,7 @@ def composite(setup: Setup, done: Scores) -> Iterator[Run]:
     MOELoRA is told both tasks of a row, for which its config takes the mean of their embeddings.
     """
     yield base(setup, "instruction", "composite", setup.composite_data, ())
-    on_composites = {"dataset": setup.composite_data, "max_rows_per_task": None}
+    on_composites = {"dataset": setup.composite_data}
     for system in ASKED_AGAIN:
         rate = searched(setup, done, "instruction", system)[1]
         for run in changed(setup, done, "composite", f"{system}-of-single-tasks", system, on_composites):
@@ -237,6 +254,7 @@ EXPERIMENTS: dict[str, Callable[[Setup, Scores], Iterator[Run]]] = {
     "composite": composite,
     "held_out": held_out,
     "sampling": sampling,
+    "variants": changes_of("variants", VARIANTS),
     "experts": changes_of("experts", NUMBERS),
     "rank": changes_of("rank", RANKS),
 }

@@ -1,6 +1,6 @@
 """What the page calls the systems."""
 
-from grid import ABLATIONS, ASKED_AGAIN, NUMBERS, RANKS, STRATEGIES, SYSTEMS
+from grid import ABLATIONS, ASKED_AGAIN, NUMBERS, RANKS, STRATEGIES, SYSTEMS, VARIANTS
 from records import AT_EQUAL_GATES
 from setups import Setup
 
@@ -27,6 +27,7 @@ ABLATED = {
     "medmoelora-descending": "Med-MoE-LoRA, descending schedule",
     "medmoelora-no-base-expert": "Med-MoE-LoRA, no base expert",
     "medmoelora-no-balance-loss": "Med-MoE-LoRA, no balance loss",
+    "medmoelora-strong-balance-loss": "Med-MoE-LoRA, balance loss of coefficient 1",
     "at_moe-flat": "AT-MoE, flat instead of grouped",
 }
 
@@ -37,7 +38,7 @@ def labels(setup: Setup) -> dict[str, str]:
     Raises:
         ValueError: one of them has no name here.
     """
-    if nameless := (SYSTEMS.keys() - NAMES.keys()) | (ABLATIONS.keys() - ABLATED.keys()):
+    if nameless := (SYSTEMS.keys() - NAMES.keys()) | ((ABLATIONS | VARIANTS).keys() - ABLATED.keys()):
         raise ValueError(f"{sorted(nameless)} of grid.py have no name; give them one in labels.py.")
     at_equal_gates = {AT_EQUAL_GATES.format(system): AT_EQUAL_GATES.format(name) for system, name in NAMES.items()}
     found = NAMES | ABLATED | at_equal_gates

@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from peft_moe.config import MoeConfig
 from peft_moe.data import read_examples, read_task_info, take_per_task, task_key
 from peft_moe.evaluation import generate_answers, score
 from peft_moe.layer import MoeLinear
-from peft_moe.report import collect, uniform_gates
+from peft_moe.report import uniform_gates
+from peft_moe.report.collect import Rows, look_at
 
 Model = PreTrainedModel | PeftModel
 General = Callable[[Model, PreTrainedTokenizerBase], dict[str, Any]]
@@ -46,15 +49,14 @@ def measure(run: Run, adapter: str | None, general: General) -> dict[str, Any]:
 def of_one(run: Run, adapter: str | None, rows: Dataset, general: General) -> dict[str, Any]:
     """A base model with one adapter or none, on all rows."""
     model, tokenizer = load(run, adapter)
-    start = time.perf_counter()
-    found: dict[str, Any] = {"answers": answer(run, model, tokenizer, rows)}
-    found["answer_wall"] = time.perf_counter() - start
+    answers, seconds = timed(lambda: answer(run, model, tokenizer, rows))
+    found: dict[str, Any] = {"answers": answers, "answer_cpu": seconds, "answer_tokens": tokens_of(answers, tokenizer)}
     found["parameters"] = parameters(model)
     if "uniform" in run.measure:
         with uniform_gates(model):
             found["uniform"] = answer(run, model, tokenizer, rows)
     if "routing" in run.measure:
-        found["routing"] = routing(model, tokenizer, read_rows(run, "dev"), run)
+        found["routing"] = routing(model, tokenizer, run)
     if "general" in run.measure:
         with told_all_tasks(model):
             found["general"] = general(model, tokenizer)
@@ -63,22 +65,35 @@ def of_one(run: Run, adapter: str | None, rows: Dataset, general: General) -> di
 
 def of_parts(run: Run, adapter: str, rows: Dataset) -> dict[str, Any]:
     """An adapter for each task, which answers the rows of its own."""
-    answers, seconds, sizes = [""] * len(rows), 0.0, []
+    answers, seconds, tokens, sizes = [""] * len(rows), 0.0, 0, []
     for task in run.parts:
         model, tokenizer = load(run, f"{adapter}/{task}")
         own = [i for i, name in enumerate(rows["task"]) if task_key(name) == task]
-        start = time.perf_counter()
-        for i, text in zip(own, answer(run, model, tokenizer, rows.select(own)), strict=True):
+        texts, took = timed(partial(answer, run, model, tokenizer, rows.select(own)))
+        for i, text in zip(own, texts, strict=True):
             answers[i] = text
-        seconds += time.perf_counter() - start
+        seconds += took
+        tokens += tokens_of(texts, tokenizer)
         sizes.append(parameters(model))
     total = {key: sum(size[key] for size in sizes) for key in ("trainable", "total_rank")}
-    return {"answers": answers, "answer_wall": seconds, "parameters": sizes[0] | total}
+    found = {"answers": answers, "answer_cpu": seconds, "answer_tokens": tokens}
+    return found | {"parameters": sizes[0] | total}
 
 
-def read_rows(run: Run, split: str) -> Dataset:
-    """The rows of a split that the run answers."""
-    rows = read_examples(run.settings["dataset"], split=split, protocol=run.protocol)
+def timed(do: Callable[[], list[str]]) -> tuple[list[str], float]:
+    """What it gives, and its CPU seconds: cores are shared with another run."""
+    start = time.process_time()
+    return do(), time.process_time() - start
+
+
+def tokens_of(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens answers have."""
+    return sum(len(tokenizer(text)["input_ids"]) for text in texts)
+
+
+def read_rows(run: Run, split: str, protocol: str | None = None) -> Dataset:
+    """The rows of a split that the run answers, in its protocol or in another one."""
+    rows = read_examples(run.settings["dataset"], split=split, protocol=protocol or run.protocol)
     if run.scored:
         rows = rows.select([i for i, task in enumerate(rows["task"]) if task_key(task) in run.scored])
     return rows if run.limit is None else take_per_task(rows, run.limit)
@@ -129,19 +144,41 @@ def told_all_tasks(model: Model) -> Iterator[None]:
         yield
 
 
-def routing(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, run: Run) -> dict[str, Any]:
-    """By layer and task, the mean share of each expert over all tokens of the rows.
+def routing(model: PeftModel, tokenizer: PreTrainedTokenizerBase, run: Run) -> dict[str, Any]:
+    """By layer and task, the mean share of each expert over the inputs of the dev rows.
 
+    The instruction and the answer do not count, whose words tell the tasks of a group apart; the inputs are the same.
     Layers can have different numbers of experts (`counts`); those that one lacks have share 0, so that all lists are as
     long as the longest, `experts`. Layers that share one gate are one entry.
     """
-    found, _ = collect(model, tokenizer, rows, max_length=run.settings["max_length"], samples=0, progress=False)
+    rows = Rows.of(read_rows(run, "dev"), tokenizer, config_of(model), max_length=run.settings["max_length"])
+    inputs = [messages[0]["content"] for messages in read_rows(run, "dev", "bare")["messages"]]
+    found, _ = look_at(model, replace(rows, counted=of_inputs(rows, inputs)), samples=0, progress=False)
     counts = [len(layer["experts"]) for layer in found.layers]
     most, names = max(counts), [layer["name"] for layer in found.layers]
     layers = [[padded(layer["tasks"][task]["load"], most) for task in found.tasks] for layer in found.layers]
     if all(layer == layers[0] for layer in layers):
         layers, names, counts = layers[:1], ["all layers"], counts[:1]
     return {"tasks": found.tasks, "experts": most, "names": names, "counts": counts, "layers": layers}
+
+
+def of_inputs(rows: Rows, inputs: list[str]) -> list[list[bool]]:
+    """Which tokens of each row are of its input.
+
+    Raises:
+        ValueError: a row does not end its prompt with its input, or has other tokens than its text.
+    """
+    found = []
+    for messages, text, encoded in zip(rows.examples["messages"], inputs, rows.encoded, strict=True):
+        prompt = rows.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        end = prompt.rindex(text) + len(text)
+        parts = rows.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+        ids, whole = parts["input_ids"], encoded["input_ids"]
+        if whole[: len(ids)] != ids:
+            raise ValueError(f"The tokens of {prompt!r} are not those of its row; a row may be longer than max_length.")
+        mine = [low < end and high > end - len(text) for low, high in parts["offset_mapping"]]
+        found.append(mine + [False] * (len(whole) - len(ids)))
+    return found
 
 
 def padded(values: list[float], length: int) -> list[float]:

@@ -8,8 +8,9 @@ make the adapter anew and no record, "beside": number of processes at a time}.
 
 The record has the run's id, experiment, system, protocol, seed, learning_rate, purpose, settings; command, commit,
 versions, machine; parameters (trainable, active_rank and total_rank as means over adapted layers), seconds (train_wall,
-train_cpu, answer_wall, total_cpu), losses ([step, loss]), split, scores. Final runs also have answers, by row; and as
-far as they apply uniform (scores and answers with equal gates), routing and general.
+train_cpu, answer_cpu, total_cpu), answer_tokens (how many tokens the answers have), losses ([step, loss]), split,
+scores. Final runs also have answers, by row; and as far as they apply uniform (scores and answers with equal gates),
+routing and general.
 """
 
 import json
@@ -67,7 +68,7 @@ def perform(job: dict[str, Any], general: Any) -> None:
         return
     adapter = job["other"] or (job["adapter"] if run.trains else None)
     found = measure(run, adapter, general)
-    seconds = trained["seconds"] | {"answer_wall": round(found.pop("answer_wall"), 1)}
+    seconds = trained["seconds"] | {"answer_cpu": round(found.pop("answer_cpu"), 1)}
     head = {name: value for name, value in run.to_dict().items() if name in KEPT}
     record = head | provenance(run, job["beside"])
     record |= {"parameters": found.pop("parameters"), "seconds": seconds | {"total_cpu": round(time.process_time(), 1)}}

@@ -15,7 +15,7 @@ class Run:
 
     Args:
         id: such as "instruction/molora/lr-0.001/seed-1"; no other run has it.
-        experiment: main, ablations, experts, rank, sampling, held_out or composite.
+        experiment: one of `grid.EXPERIMENTS`.
         system: what is trained; "base" is nothing.
         protocol: "instruction" or "bare".
         seed, learning_rate: None for the base model.
@@ -72,21 +72,27 @@ def run_id(protocol: str, system: str, rate: float, seed: int) -> str:
 
 
 def search(
-    rates: Sequence[float], beyond: tuple[float, float], scores: Mapping[float, float]
+    rates: Sequence[float], beyond: tuple[Sequence[float], Sequence[float]], scores: Mapping[float, float]
 ) -> tuple[list[float], float | None]:
     """The rates to try, and the chosen one, or None while some of them are not scored.
 
     Args:
         rates: to try in any case, rising; a single one is chosen without a score.
-        beyond: the rate below and the one above them, of which one is tried if the best lies at that edge.
+        beyond: rates below them, falling, and above them, rising: the next one is tried while the best lies at that
+            edge, so that the chosen rate has a worse one on either side, or is the last there is.
         scores: by rate; of equal ones the lower rate wins.
     """
     if len(rates) == 1:
         return [], rates[0]
-    tried, edges = list(rates), {rates[0]: beyond[0], rates[-1]: beyond[1]}
-    if (first := best(tried, scores)) in edges:
-        tried.append(edges[first])
-    return tried, best(tried, scores)
+    tried, below, above = list(rates), list(beyond[0]), list(beyond[1])
+    while (found := best(tried, scores)) is not None:
+        if found == min(tried) and below:
+            tried.append(below.pop(0))
+        elif found == max(tried) and above:
+            tried.append(above.pop(0))
+        else:
+            break
+    return tried, found
 
 
 def best(rates: Sequence[float], scores: Mapping[float, float]) -> float | None:
@@ -100,7 +106,7 @@ def searched(setup: Setup, done: Scores, protocol: str, system: str) -> tuple[li
     """The rates to try for a system in a protocol, and the chosen one, if it can be named now."""
     if protocol == "bare" and not setup.search_bare:
         return [], searched(setup, done, "instruction", system)[1]
-    ids = {rate: run_id(protocol, system, rate, 0) for rate in (*setup.rates, *setup.beyond)}
+    ids = {rate: run_id(protocol, system, rate, 0) for rate in (*setup.rates, *setup.beyond[0], *setup.beyond[1])}
     return search(setup.rates, setup.beyond, {rate: done[ids[rate]] for rate in ids if ids[rate] in done})
 
 
@@ -118,7 +124,13 @@ def make(
     **fields: Any,
 ) -> Run:
     """A run of a system with settings beside those of all runs; fields are further ones of `Run`."""
-    flags = {"model_name_or_path": setup.model, "dataset": setup.data, "protocol": protocol, **setup.common, **settings}
+    flags = {
+        "model_name_or_path": setup.model,
+        "dataset": setup.train_data,
+        "protocol": protocol,
+        **setup.common,
+        **settings,
+    }
     return Run(
         id=run_id(protocol, system, rate, seed),
         experiment=experiment,

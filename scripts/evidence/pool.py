@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from estimates import Estimates, clock
-from grid import EXPERIMENTS, EXPERTS, all_runs, forecast, is_kept
+from grid import EXPERTS, all_runs, forecast, importance, is_kept
 from plan import Run
 from setups import Setup
 from store import Store
@@ -125,13 +125,12 @@ class Pool:
         if self.deadline is not None:
             room = self.deadline - time.monotonic()
             jobs = [job for job in jobs if estimates.seconds(job.run) <= room]
-        order = list(EXPERIMENTS)
 
         def urgency(job: Job) -> tuple[int, int, float]:
             run = job.run
             first = run.id in needed or (run.purpose == "search" and run.system in EXPERTS)
             stage = 0 if first else 1 if run.purpose == "search" else 2
-            return stage, order.index(run.experiment), -estimates.seconds(run)
+            return stage, importance(run), -estimates.seconds(run)
 
         return sorted(jobs, key=urgency)
 

@@ -1,15 +1,19 @@
 """What runs start from and the repository does not have: the base model with a shorter prompt, and derived rows.
 
-Rows are derived from MedMulti: tasks of unequal sizes, and instructions that need two tasks at once.
+Rows are derived from MedMulti: fewer rows, tasks of unequal sizes, and instructions that need two tasks at once.
 """
 
 import json
 import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from setups import ROOT, Setup
 from store import finish, new_folder
 
+Row = dict[str, Any]
 TEMPLATE = "chat_template.jinja"
 
 
@@ -17,6 +21,8 @@ def prepare(setup: Setup) -> None:
     """Make the folders that are not there yet; the same setup makes the same files."""
     if setup.source and not Path(setup.model).exists():
         make_model(Path(setup.source), setup.model)
+    if setup.inputs is not None and not Path(setup.train_data).exists():
+        make_fewer(Path(setup.data), setup.train_data, setup.groups, setup.inputs)
     if not Path(setup.unequal_data).exists():
         make_unequal(Path(setup.data), setup.unequal_data, sizes(setup))
     if not Path(setup.composite_data).exists():
@@ -62,21 +68,50 @@ def make_unequal(source: Path, out: str, keep: dict[str, int]) -> None:
     Raises:
         ValueError: a task has fewer rows than are to be kept.
     """
-    rows: dict[str, list[str]] = {}
-    lines = (source / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    for line in lines:
-        rows.setdefault(json.loads(line)["task"], []).append(line)
+    rows: dict[str, list[Row]] = {}
+    there = read_train(source)
+    for row in there:
+        rows.setdefault(row["task"], []).append(row)
     for task, number in keep.items():
         if len(rows.get(task, ())) < number:
             raise ValueError(f"{number} rows of {task} are to be kept, and {source} has {len(rows.get(task, ()))}.")
-    kept = {id(line) for task, number in keep.items() for line in rows[task][:number]}
+    kept = {id(row) for task, number in keep.items() for row in rows[task][:number]}
+    copy(source, out, [row for row in there if id(row) in kept])
+
+
+def make_fewer(source: Path, out: str, groups: Mapping[str, Sequence[str]], inputs: int) -> None:
+    """Copy a folder of rows, with all rows of the first inputs of each group only in train.jsonl.
+
+    Raises:
+        ValueError: a group has fewer inputs.
+    """
+    group_of = {task: group for group, tasks in groups.items() for task in tasks}
+    first: dict[str, list[str]] = {group: [] for group in groups}
+    there = read_train(source)
+    for row in there:
+        of_group = first[group_of[row["task"]]]
+        if row["input"] not in of_group and len(of_group) < inputs:
+            of_group.append(row["input"])
+    for group, found in first.items():
+        if len(found) < inputs:
+            raise ValueError(f"{inputs} inputs of {group} are to be kept, and {source} has {len(found)}.")
+    copy(source, out, [row for row in there if row["input"] in first[group_of[row["task"]]]])
+
+
+def read_train(source: Path) -> list[Row]:
+    """The rows of train.jsonl, in their order."""
+    return [json.loads(line) for line in (source / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def copy(source: Path, out: str, train: Sequence[Row]) -> None:
+    """Copy a folder of rows, with other rows for training."""
     folder = new_folder(out)
-    text = "".join(f"{line}\n" for line in lines if id(line) in kept)
+    text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in train)
     (folder / "train.jsonl").write_text(text, encoding="utf-8")
     for name in ("dev.jsonl", "test.jsonl"):
         (folder / name).write_bytes((source / name).read_bytes())
     description = json.loads((source / "tasks.json").read_text(encoding="utf-8"))
-    for task, number in keep.items():
+    for task, number in Counter(row["task"] for row in train).items():
         description["tasks"][task].setdefault("n", {})["train"] = number
     (folder / "tasks.json").write_text(json.dumps(description, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     finish(folder)

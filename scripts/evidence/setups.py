@@ -42,8 +42,8 @@ class Setup:
         data: folder of the rows, with tasks.json; paths start at the repository.
         folder: what runs write that is not a result: adapters, logs, derived rows.
         groups: the tasks by group, in the order of tasks.json. AT-MoE's groups are these.
-        rates: learning rates to try, rising. With one there is no search, and it is used.
-        beyond: the rate below and the one above these, tried if the best lies at that edge.
+        rates: learning rates to try in any case, rising. With one there is no search, and it is used.
+        beyond: rates below these, falling, and above these, rising, tried in turn while the best one lies at that edge.
         seeds: of final runs, by experiment; "" for all others.
         protocols: of the experiment main; the others use "instruction".
         search_bare: search rates for the bare protocol too; otherwise it uses those of "instruction".
@@ -53,6 +53,7 @@ class Setup:
         general: whether general knowledge is measured.
         limit: answer and route the first rows of each task only; None for all.
         composites: arguments of scripts/make_composites.py.
+        inputs: train on the rows of so many inputs of each group, the same for all of its tasks; None for all.
         unequal: training rows of the largest and of the smallest task, where tasks have unequal sizes.
         only: patterns of ids to run where the command names none; empty for all.
         source: folder that the model is made from, without its system prompt; None where the model is there as it is.
@@ -62,8 +63,8 @@ class Setup:
     data: str
     folder: str
     groups: Mapping[str, tuple[str, ...]]
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    beyond: tuple[float, float] = (1e-4, 1e-2)
+    rates: tuple[float, ...] = (1e-3, 3e-3)
+    beyond: tuple[tuple[float, ...], tuple[float, ...]] = ((3e-4, 1e-4), (1e-2, 3e-2))
     seeds: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: {"": (1, 2, 3)})
     protocols: tuple[str, ...] = ("instruction", "bare")
     search_bare: bool = True
@@ -73,6 +74,7 @@ class Setup:
     general: bool = True
     limit: int | None = None
     composites: tuple[str, ...] = ()
+    inputs: int | None = None
     unequal: tuple[int, int] = (250, 20)
     only: tuple[str, ...] = ()
     source: str | None = None
@@ -81,6 +83,11 @@ class Setup:
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks, group by group."""
         return tuple(task for tasks in self.groups.values() for task in tasks)
+
+    @property
+    def train_data(self) -> str:
+        """Folder of the rows for training; dev and test are those of `data`."""
+        return self.data if self.inputs is None else f"{self.folder}/data/of-{self.inputs}-inputs"
 
     @property
     def composite_data(self) -> str:
@@ -104,10 +111,10 @@ class Setup:
 def full() -> Setup:
     """The experiment that the page reports, cut to a night on two cores.
 
-    Training has half of the rows, the bare protocol takes the other's rates, and what only looks around has one seed.
+    Training has half of the inputs, the bare protocol takes the other's rates, and what only looks around has one seed.
     """
     data, folder = "data/medmulti/mini", "runs/evidence"
-    once = dict.fromkeys(("held_out", "sampling", "experts", "rank"), (1,))
+    once = dict.fromkeys(("held_out", "sampling", "variants", "experts", "rank"), (1,))
     return Setup(
         f"{folder}/model",
         data,
@@ -116,7 +123,8 @@ def full() -> Setup:
         seeds={"": (1, 2, 3), **once},
         search_bare=False,
         held_out=("icd_chronic", "rad_modality", "def_system"),
-        common=COMMON | {"max_rows_per_task": 125},
+        inputs=125,
+        composites=("--test", "20"),
         source=SOURCE,
     )
 

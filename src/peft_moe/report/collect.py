@@ -166,7 +166,8 @@ def _run(
             some = order[start : start + batch_size]
             batch = rows.padded(some, model.device)
             mask, labels = batch["attention_mask"].bool(), batch.pop("labels")
-            sums.begin(some, [rows.keys[row] for row in some], mask, [lengths[row] for row in some])
+            counting = rows.counting(some, mask)
+            sums.begin(some, [rows.keys[row] for row in some], counting, [lengths[row] for row in some])
             if rows.told:
                 batch["task_ids"] = [rows.examples[row]["task"] for row in some]
             if tuner.reads_prompts:

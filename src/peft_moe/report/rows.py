@@ -27,6 +27,7 @@ class Rows:
         tokenizer: that made them.
         keys: the task or tasks of each; None for a row without.
         told: whether the model is told the tasks.
+        counted: which tokens of each row count; None for all.
     """
 
     examples: Dataset
@@ -34,6 +35,7 @@ class Rows:
     tokenizer: PreTrainedTokenizerBase
     keys: list[str | None]
     told: bool
+    counted: Sequence[Sequence[bool]] | None = None
 
     @classmethod
     def of(
@@ -61,6 +63,13 @@ class Rows:
             )
             for name, value in {"input_ids": pad, "attention_mask": 0, "labels": -100}.items()
         }
+
+    def counting(self, rows: Sequence[int], mask: torch.Tensor) -> torch.Tensor:
+        """Of a batch of some rows with this mask, (n, s), the tokens that count."""
+        if self.counted is None:
+            return mask
+        wanted = pad_sequence([torch.tensor(self.counted[row]) for row in rows], batch_first=True)
+        return mask & wanted.to(mask.device)
 
     def spread(self, count: int) -> list[int]:
         """So many rows, taken from the tasks in turn, each task's in their order; sorted by task and row."""
