@@ -14,7 +14,7 @@ from tallies import Sheet, sheet_of, tally_rows, value
 
 from peft_moe.data import task_key
 
-BEST = 1e-3
+BEST = 3e-3
 GENERAL = {"novels": 50.0, "words": 0.6}
 LAYERS = 6
 
@@ -92,7 +92,8 @@ def record_of(setup: Setup, run: Run, right: float, dev: float = 0.0) -> dict:
     record |= {"versions": {"torch": "2.13.0"}, "machine": {"cpu": "a CPU", "threads": 1, "beside": 2}}
     record |= {
         "parameters": trained,
-        "seconds": seconds | {"answer_wall": 90.0, "total_cpu": 700.0},
+        "seconds": seconds | {"answer_cpu": 90.0, "total_cpu": 700.0},
+        "answer_tokens": 3200,
         "split": run.split,
     }
     if run.purpose == "search":

@@ -9,7 +9,7 @@ import run as command
 import store as files
 from grid import all_runs, forecast, is_kept, next_runs
 from plan import Run, search
-from rows import make_unequal, sizes
+from rows import make_fewer, make_unequal, sizes
 from setups import ROOT, full, quick
 from train import AdapterArguments, DataArguments, ModelArguments
 from transformers import TrainingArguments
@@ -66,7 +66,7 @@ def test_the_list_grows_with_results_until_it_is_what_was_forecast():
         done |= results(new)
         rounds += 1
     assert done.keys() == planned
-    assert rounds == 3  # searches; AT-MoE's and finals; AT-MoE's finals
+    assert rounds == 5  # searches, and beyond the edge; the same of AT-MoE, beside finals; AT-MoE's finals
 
 
 def test_finals_have_the_best_rate_and_other_seeds_and_only_they_read_test():
@@ -94,8 +94,9 @@ def test_the_experiment_of_the_page_is_cut_where_it_says():
     runs = forecast(full(), {})
     assert {r.purpose for r in runs if r.protocol == "bare"} == {"final"}
     for r in runs:
-        if r.trains:  # rows that were derived are few as they are
-            assert r.settings["max_rows_per_task"] == (125 if r.settings["dataset"] == full().data else None)
+        other = {"sampling": full().unequal_data, "composite": full().composite_data}
+        if r.trains:
+            assert r.settings["dataset"] == other.get(r.experiment, full().train_data)
     seeds = {r.experiment: {x.seed for x in runs if x.experiment == r.experiment} - {None, 0} for r in runs}
     assert {name for name, found in seeds.items() if found == {1, 2, 3}} == {"main", "ablations", "composite"}
     assert {r.scored[0] for r in runs if r.experiment == "held_out"} == {"icd_chronic", "rad_modality", "def_system"}
@@ -158,7 +159,7 @@ def test_choosing_runs_takes_what_they_need_too():
     assert {r.system for r in searches} == {"lora-r16", "lora-per-task", "at_moe"}
     assert len(searches) == 9
     of_rank = command.chooser(None, ["rank"])(runs)
-    assert len([r for r in of_rank if r.experiment == "rank"]) == 18
+    assert len([r for r in of_rank if r.experiment == "rank"]) == 15
     assert {r.system for r in of_rank if r.experiment != "rank"} == {"lora-r16", "moelora", "molora"}
     assert command.chooser(["nothing"], None)(runs) == []
 
@@ -172,6 +173,22 @@ def test_a_run_comes_back_from_json():
 
 
 # rows
+
+
+def test_fewer_rows_are_those_of_the_same_inputs_for_all_tasks_of_a_group(tmp_path):
+    setup = full()
+    make_fewer(ROOT / setup.data, str(tmp_path / "fewer"), setup.groups, 30)
+    rows = [json.loads(line) for line in (tmp_path / "fewer" / "train.jsonl").read_text().splitlines()]
+    whole = [json.loads(line) for line in (ROOT / setup.data / "train.jsonl").read_text().splitlines()]
+    assert [row for row in whole if row in rows] == rows  # as they were, in their order
+    for tasks in setup.groups.values():
+        inputs = [{row["input"] for row in rows if row["task"] == task} for task in tasks]
+        assert all(found == inputs[0] and len(found) == 30 for found in inputs)
+    assert len(rows) == 8 * 30
+    info = json.loads((tmp_path / "fewer" / "tasks.json").read_text())["tasks"]
+    assert {task["n"]["train"] for task in info.values()} == {30}
+    with pytest.raises(ValueError, match="300 inputs of"):
+        make_fewer(ROOT / setup.data, str(tmp_path / "more"), setup.groups, 300)
 
 
 def test_tasks_of_unequal_sizes_keep_their_first_rows_and_groups_have_large_and_small_ones(tmp_path):

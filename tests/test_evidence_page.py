@@ -13,7 +13,7 @@ from more_tables import TABLES
 from page import BEGIN, END, NO_PICTURE, filled, write
 from page_pictures import PICTURES
 from records import Records
-from rows import make_unequal, sizes
+from rows import make_fewer, make_unequal, sizes
 from setups import ROOT, full
 from store import write as write_record
 from verdicts import holm
@@ -34,10 +34,11 @@ TRUTH = {  # moelora wins, molora ties, medmoelora loses, at_moe has no records
 def setup_in(folder):
     """The page's setup, with the derived rows in a folder of the test."""
     setup = replace(full(), folder=str(folder))
+    make_fewer(ROOT / setup.data, setup.train_data, setup.groups, setup.inputs)
     make_unequal(ROOT / setup.data, setup.unequal_data, sizes(setup))
     from make_composites import main
 
-    main(["--source", str(ROOT / setup.data), "--out", setup.composite_data])
+    main(["--source", str(ROOT / setup.data), "--out", setup.composite_data, *setup.composites])
     return setup
 
 
@@ -120,15 +121,16 @@ def test_parameters_and_time_count_what_was_trained_before(made):
     entry = results["scores"]["bare"]["at_moe"]
     assert entry["all_stages"] == {"trainable": 3 * 4_884_480, "train_cpu": 1800}  # and its two kinds of experts
     assert (entry["parameters"]["trainable"], entry["seconds"]["train_cpu"]) == (4_884_480, 600)
-    assert rows_of(page.read_text(), "scores-bare")["AT-MoE"][1:] == ["1 of 3", "0.001", "14.65 M", "16", "30.0", "1.5"]
+    cells = ["1 of 3", f"{BEST:g}", "14.65 M", "16", "30.0", "1.5", "5.0"]
+    assert rows_of(page.read_text(), "scores-bare")["AT-MoE"][1:] == cells
 
 
 def test_what_is_missing_is_said(made):
     setup, *_, page, results = made
     text = page.read_text()
     rows = rows_of(text, "scores-instruction")
-    assert rows["AT-MoE"] == ["not run yet", "0 of 3", "–", "–", "–", "–", "–"]
-    assert rows["base model"][1:] == ["1", "–", "–", "–", "–", "1.5"]
+    assert rows["AT-MoE"] == ["not run yet", "0 of 3", *"––––––"]
+    assert rows["base model"][1:] == ["1", *"––––", "1.5", "5.0"]
     assert "`at_moe` (3)" in rows_of(text, "state")["main, instruction, final"][-1]
     assert rows_of(text, "state")["main, instruction, search"][-1] == "–"
     assert sum(entry["planned"] for entry in results["state"]) == len(forecast(setup, search_scores(setup)))

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import evidence_jobs
 import grid
+import measure
+import numpy as np
 import one
 import pytest
 import run as command
@@ -23,7 +25,7 @@ from setups import COMMON, ROOT, Setup, full
 from tiny_models import make_model
 from tiny_text import make_tokenizer, write_data
 
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-3, 3e-3, 1e-2)
 MIDDLE, HIGH = RATES[1:]
 
 
@@ -80,10 +82,12 @@ def test_runs_are_done_in_an_order_in_which_what_others_need_is_there(small, cap
     assert small("--search") == 0
     started = small.started()
     assert len(started) == len(set(started)) == 3 * 3 + 3 + 1  # searches, finals and the base model
-    assert set(started[:6]) == {of(system, 0, rate) for system in grid.EXPERTS for rate in RATES}
+    finals = [name for name in started if name.startswith("instruction/at_moe")]
+    before = set(started[: started.index(finals[0])])
+    assert before >= {of(system, 0, rate) for system in grid.EXPERTS for rate in RATES}
     assert small.done() == set(started)
     out = capsys.readouterr().out
-    assert re.search(r"done in \d+ s: instruction/at_moe/lr-0.001/seed-1, test 0.500 \| 13 done, 0 left", out)
+    assert re.search(r"done in \d+ s: instruction/at_moe/lr-0.003/seed-1, test 0.500 \| 13 done, 0 left", out)
 
     assert small("--search") == 0  # nothing is done twice
     assert small.started() == started
@@ -95,7 +99,7 @@ def test_a_run_that_fails_is_named_at_the_end_and_does_not_stop_the_others(small
     bad = of("lora-r16")
     assert small(behaviour={bad: "fail"}) == 1
     out, err = capfd.readouterr()
-    log = Path(small.folder, "logs", "instruction_lora-r16_lr-0.001_seed-1.log")
+    log = Path(small.folder, "logs", "instruction_lora-r16_lr-0.003_seed-1.log")
     assert re.search(rf"FAILED after \d+ s: {bad}; its output is in {log}", out)
     assert "1 runs failed" in err
     assert f"{bad}: see {log}" in err
@@ -313,8 +317,17 @@ def test_an_adapter_for_each_task_answers_its_own_rows_and_at_moe_is_made_of_the
     assert PeftConfig.from_pretrained(tiny.adapter(record["id"])).general_expert["sha256"]
     assert record["parameters"]["total_rank"] == 48
     routing = record["routing"]
-    assert routing["experts"] == 3  # two and the general one
+    assert routing["experts"] == 2  # and not the general one
     assert len(routing["layers"]) == 2
+
+
+def test_bare_the_inputs_of_a_group_are_routed_the_same_for_all_its_tasks_and_with_instructions_they_can_differ(tiny):
+    do_one(tiny, "molora", keep=True)
+    run = next(r for r in forecast(tiny, {}) if r.system == "molora")
+    model, tokenizer = measure.load(run, tiny.adapter(run.id))
+    for protocol in ("bare", "instruction"):
+        layers = np.array(measure.routing(model, tokenizer, replace(run, protocol=protocol, limit=None))["layers"])
+        assert (abs(layers[:, 0] - layers[:, 1]).max() < 1e-4) == (protocol == "bare")
 
 
 def test_a_matched_lora_is_a_stock_lora_of_the_rank_at_work(tiny):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
-from specialisation import bias_bound, specialisation
+from specialisation import bias_bound, ceiling, specialisation
 
 General = Mapping[str, Any]
 BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -78,20 +78,20 @@ def routing(records: Sequence[Mapping[str, Any]], groups: Mapping[str, str], row
     measured = [specialisation(each, groups) for each in found]
     by_layer = np.mean([each["mutual_information"] for each in measured], axis=0)
     within = {group: float(np.mean([each["within"][group] for each in measured])) for group in measured[0]["within"]}
-    tasks, experts = len(found[0]["tasks"]), found[0]["experts"]
+    tasks, counts = len(found[0]["tasks"]), found[0]["counts"]
     return {
         "seeds": len(found),
-        "experts": experts,
+        "experts": [min(counts), max(counts)],
         "gates": len(by_layer),
         "mutual_information": {
             "mean": float(by_layer.mean()),
             "lowest": float(by_layer.min()),
             "highest": float(by_layer.max()),
         },
-        "ceiling": float(np.log2(min(tasks, experts))),
+        "ceiling": mean(ceiling(tasks, count) for count in counts),
         "within": within,
         "diversity": float(np.mean([each["diversity"] for each in measured])),
-        "bias_bound": bias_bound(tasks, experts, rows),
+        "bias_bound": mean(bias_bound(tasks, count, rows) for count in counts),
         "by_depth": by_depth(found[0]["names"], by_layer.tolist()),
     }
 

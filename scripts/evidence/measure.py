@@ -148,15 +148,20 @@ def routing(model: PeftModel, tokenizer: PreTrainedTokenizerBase, run: Run) -> d
     """By layer and task, the mean share of each expert over the inputs of the dev rows.
 
     The instruction and the answer do not count, whose words tell the tasks of a group apart; the inputs are the same.
+    Nor does AT-MoE's general expert, whose weight is fixed.
+
     Layers can have different numbers of experts (`counts`); those that one lacks have share 0, so that all lists are as
     long as the longest, `experts`. Layers that share one gate are one entry.
     """
     rows = Rows.of(read_rows(run, "dev"), tokenizer, config_of(model), max_length=run.settings["max_length"])
     inputs = [messages[0]["content"] for messages in read_rows(run, "dev", "bare")["messages"]]
     found, _ = look_at(model, replace(rows, counted=of_inputs(rows, inputs)), samples=0, progress=False)
-    counts = [len(layer["experts"]) for layer in found.layers]
+    counts = [sum(group >= 0 for group in layer["group_of"] or [0] * len(layer["experts"])) for layer in found.layers]
     most, names = max(counts), [layer["name"] for layer in found.layers]
-    layers = [[padded(layer["tasks"][task]["load"], most) for task in found.tasks] for layer in found.layers]
+    layers = [
+        [padded(layer["tasks"][task]["load"][:count], most) for task in found.tasks]
+        for layer, count in zip(found.layers, counts, strict=True)
+    ]
     if all(layer == layers[0] for layer in layers):
         layers, names, counts = layers[:1], ["all layers"], counts[:1]
     return {"tasks": found.tasks, "experts": most, "names": names, "counts": counts, "layers": layers}

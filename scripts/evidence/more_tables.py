@@ -165,6 +165,7 @@ TABLES = {
     "experts": sweep("experts", "moelora", "molora"),
     "ranks": sweep("rank", "lora-r16", "moelora", "molora"),
     "sampling": sweep("sampling"),
+    "variants": sweep("variants", "molora", "medmoelora"),
     "unstable": unstable,
     "seeds": seeds,
 }

@@ -26,13 +26,17 @@ def setup(found: Results) -> str:
     """What all runs have in common, and the flags of each system."""
     given = found["setup"]
     rates = ", ".join(f"{rate:g}" for rate in given["rates"])
-    low, high = given["beyond"]
+    below, above = (", ".join(f"{rate:g}" for rate in each) for each in given["beyond"])
     seeds = "; ".join(f"{name.replace('_', ' ')}: {', '.join(map(str, each))}" for name, each in given["seeds"].items())
     flags = " ".join(f"`{name}={value}`" for name, value in given["flags"].items())
     rows = [
         ["base model", f"`{given['model']}`"],
         ["rows", f"`{given['data']}`"],
-        ["learning rates tried", f"{rates}; {low:g} or {high:g} too, if the best is the lowest or the highest"],
+        [
+            "rows for training",
+            f"those of the first {given['inputs']} inputs of each group" if given["inputs"] else "all",
+        ],
+        ["learning rates tried", f"{rates}; while the best is the lowest, {below}; the highest, {above}"],
         ["searches", "; ".join(("seed 0", *(f"`{name}={value}`" for name, value in given["searches"].items())))],
         ["rates of the bare protocol", "searched too" if given["search_bare"] else "those of the instruction protocol"],
         ["seeds of final runs", seeds],
@@ -93,11 +97,12 @@ def scores(protocol: str, experiment: str = "main") -> Callable[[Results], str]:
                     millions(stages["trainable"]) if trains else NONE,
                     number(size["active_rank"], "g") if trains else NONE,
                     minutes(stages["train_cpu"]) if trains else NONE,
-                    minutes(seconds["answer_wall"]) if seconds else NONE,
+                    minutes(seconds["answer_cpu"]) if seconds else NONE,
+                    number(entry.get("answer_tokens"), ".1f"),
                 ]
             )
-        head = ["system", "mean score", "seeds", "rate", "trained", "active rank", "training, CPU min", "answers, min"]
-        return table(head, rows)
+        head = ["system", "mean score", "seeds", "rate", "trained", "active rank", "training, CPU min"]
+        return table([*head, "answers, CPU min", "tokens an answer"], rows)
 
     return made
 

@@ -18,7 +18,8 @@ from peft_moe.data import task_key
 from peft_moe.reading import read_task_info
 
 Record = dict[str, Any]
-TEST_ROWS = ("main", "ablations", "sampling", "experts", "rank")  # experiments whose finals answer all test rows
+# experiments whose finals answer all test rows
+TEST_ROWS = ("main", "ablations", "sampling", "variants", "experts", "rank")
 AT_EQUAL_GATES = "{}, equal gates at test time"
 
 

@@ -69,6 +69,7 @@ def setup_of(records: Records) -> Numbers:
         "rates": setup.rates,
         "beyond": setup.beyond,
         "seeds": {name or "all others": seeds for name, seeds in setup.seeds.items()},
+        "inputs": setup.inputs,
         "searches": setup.search,
         "search_bare": setup.search_bare,
         "held_out": setup.held_out or setup.tasks,
@@ -137,6 +138,7 @@ def described_runs(finals: Finals) -> Numbers:
     return found | {
         "learning_rate": first["learning_rate"],
         "parameters": first["parameters"],
+        "answer_tokens": mean(record["answer_tokens"] / record["scores"]["mean"]["n"] for record in finals.done),
         "all_stages": {
             "trainable": first["parameters"]["trainable"]
             + sum(need["parameters"]["trainable"] for need in finals.needs[0]),
@@ -145,7 +147,7 @@ def described_runs(finals: Finals) -> Numbers:
         "seconds": {
             "train_cpu": mean(trained),
             "train_wall": mean(record["seconds"].get("train_wall", 0.0) for record in finals.done),
-            "answer_wall": mean(record["seconds"]["answer_wall"] for record in finals.done),
+            "answer_cpu": mean(record["seconds"]["answer_cpu"] for record in finals.done),
         },
     }
 
