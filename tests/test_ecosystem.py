@@ -71,6 +71,7 @@ def test_trainer_with_accumulation_and_checkpointing_is_trainer_without(tmp_path
         torch.testing.assert_close(trained[1][name], parameter, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_to_the_hub_and_comes_back_bit_by_bit(run_with_hub):
     done = run_with_hub(
         """

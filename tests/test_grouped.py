@@ -1079,6 +1079,7 @@ def two_processes(tmp_path_factory, folder):
     return torch.load(ranks / "found.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forwards", ["one", "two"])
 @pytest.mark.parametrize("router_input", INPUTS)
 def test_under_ddp_the_gradient_is_the_mean_of_the_ranks_own(two_processes, router_input, forwards, folder):

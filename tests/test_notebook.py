@@ -33,6 +33,7 @@ def checkout(smollm2, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Parsing dates involving a day of month:DeprecationWarning")
 def test_the_notebook_runs_from_a_checkout(checkout):
     node = run(NOTEBOOK, checkout / "docs" / "notebooks")

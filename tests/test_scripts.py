@@ -283,6 +283,7 @@ def test_tensorboard_gets_the_score_of_each_task(recipe, tmp_path):
     assert [event.step for event in reader.Scalars("eval/leaf")] == [2, 4]
 
 
+@pytest.mark.slow
 def test_pushing_sends_our_card_and_the_adapter_loads_from_the_hub(recipe, hub, tmp_path):
     environment = client_environment(hub, home=tmp_path / "hf_home")
     push = ["--push_to_hub", "true", "--hub_model_id", "local/trees"]
