@@ -46,7 +46,7 @@ def test_a_single_rate_needs_no_search():
 
 def uncut():
     """The experiment of the page with a search in each protocol, all tasks held out, three seeds everywhere."""
-    return replace(full(), seeds={"": (1, 2, 3)}, search_bare=True, search={}, held_out=())
+    return replace(full(), seeds={"": (1, 2, 3)}, search_bare=True, held_out=())
 
 
 def results(runs, *, best=MIDDLE):

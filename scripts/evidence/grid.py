@@ -97,9 +97,12 @@ def forecast(setup: Setup, done: Scores) -> list[Run]:
 def importance(run: Run) -> int:
     """Where a run stands in the order of work: experiment by experiment, and last what is not told the task, bare."""
     order = list(EXPERIMENTS)
-    if run.protocol == "bare" and run.system not in ("base", *EXPERTS, *TOLD):
-        return len(order)
-    return order.index(run.experiment)
+    return len(order) if untold(run.protocol, run.system) else order.index(run.experiment)
+
+
+def untold(protocol: str, system: str) -> bool:
+    """Whether nothing tells a system which task it has, and it is not there to compare others with."""
+    return protocol == "bare" and system not in ("base", *EXPERTS, *TOLD)
 
 
 def is_kept(run: Run) -> bool:
@@ -117,13 +120,13 @@ def main(setup: Setup, done: Scores) -> Iterator[Run]:
         for system in SYSTEMS:
             rates, chosen = searched(setup, done, protocol, system)
             runs = [(rate, 0, "search") for rate in rates]
-            runs += [(chosen, seed, "final") for seed in setup.seeds_of("main")] if chosen else []
+            seeds = setup.seeds_of("untold" if untold(protocol, system) else "main")
+            runs += [(chosen, seed, "final") for seed in seeds] if chosen else []
             for rate, seed, purpose in runs:
                 found = flags_of(setup, done, system, SYSTEMS[system], protocol, seed)
                 if found is None:
                     continue
                 settings, needs = found
-                settings = settings | (setup.search if purpose == "search" else {})
                 measure = measured(system, protocol) if purpose == "final" else ()
                 parts = setup.tasks if system == PER_TASK else ()
                 fields = {"protocol": protocol, "purpose": purpose, "parts": parts, "measure": measure}

@@ -37,7 +37,7 @@ def setup(found: Results) -> str:
             f"those of the first {given['inputs']} inputs of each group" if given["inputs"] else "all",
         ],
         ["learning rates tried", f"{rates}; while the best is the lowest, {below}; the highest, {above}"],
-        ["searches", "; ".join(("seed 0", *(f"`{name}={value}`" for name, value in given["searches"].items())))],
+        ["seed of searches", "0"],
         ["rates of the bare protocol", "searched too" if given["search_bare"] else "those of the instruction protocol"],
         ["seeds of final runs", seeds],
         ["tasks held out", ", ".join(given["held_out"])],

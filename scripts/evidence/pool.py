@@ -126,11 +126,12 @@ class Pool:
             room = self.deadline - time.monotonic()
             jobs = [job for job in jobs if estimates.seconds(job.run) <= room]
 
-        def urgency(job: Job) -> tuple[int, int, float]:
+        def urgency(job: Job) -> tuple[int, int, int, float]:
             run = job.run
             first = run.id in needed or (run.purpose == "search" and run.system in EXPERTS)
             stage = 0 if first else 1 if run.purpose == "search" else 2
-            return stage, importance(run), -estimates.seconds(run)
+            # seed by seed, so that what is there is of the same seeds whenever it is stopped
+            return stage, importance(run), run.seed or 0, -estimates.seconds(run)
 
         return sorted(jobs, key=urgency)
 

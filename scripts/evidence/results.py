@@ -70,7 +70,6 @@ def setup_of(records: Records) -> Numbers:
         "beyond": setup.beyond,
         "seeds": {name or "all others": seeds for name, seeds in setup.seeds.items()},
         "inputs": setup.inputs,
-        "searches": setup.search,
         "search_bare": setup.search_bare,
         "held_out": setup.held_out or setup.tasks,
         "unequal": setup.unequal,

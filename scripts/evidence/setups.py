@@ -44,10 +44,9 @@ class Setup:
         groups: the tasks by group, in the order of tasks.json. AT-MoE's groups are these.
         rates: learning rates to try in any case, rising. With one there is no search, and it is used.
         beyond: rates below these, falling, and above these, rising, tried in turn while the best one lies at that edge.
-        seeds: of final runs, by experiment; "" for all others.
+        seeds: of final runs, by experiment; "" for all others, "untold" for what is not told the task, bare.
         protocols: of the experiment main; the others use "instruction".
         search_bare: search rates for the bare protocol too; otherwise it uses those of "instruction".
-        search: flags of training in searches, beside `common`.
         held_out: tasks that are left out of training, one at a time; empty for each task.
         common: flags of training for all runs.
         general: whether general knowledge is measured.
@@ -68,7 +67,6 @@ class Setup:
     seeds: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: {"": (1, 2, 3)})
     protocols: tuple[str, ...] = ("instruction", "bare")
     search_bare: bool = True
-    search: Mapping[str, Any] = field(default_factory=dict)
     held_out: tuple[str, ...] = ()
     common: Mapping[str, Any] = field(default_factory=lambda: COMMON)
     general: bool = True
@@ -114,7 +112,7 @@ def full() -> Setup:
     Training has half of the inputs, the bare protocol takes the other's rates, and what only looks around has one seed.
     """
     data, folder = "data/medmulti/mini", "runs/evidence"
-    once = dict.fromkeys(("held_out", "sampling", "variants", "experts", "rank"), (1,))
+    once = dict.fromkeys(("held_out", "sampling", "variants", "experts", "rank", "untold"), (1,))
     return Setup(
         f"{folder}/model",
         data,
