@@ -19,10 +19,10 @@ from peft_moe import MedMoeLoraConfig, MoLoraConfig
 from peft_moe.data import encode
 from peft_moe.layer import MoeLinear
 from peft_moe.report.collect import collect
-from peft_moe.report.measures import divergence
 from peft_moe.report.pieces import pieces
 from peft_moe.report.results import Routing
 from peft_moe.routing import GroupedRouter, TokenRouter
+from peft_moe.routing.measures import divergence
 
 TASKS = ["icd", "rad", "def"]
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from peft_moe.report.findings import findings, undecided_entropy
-from peft_moe.report.measures import chance_divergence, divergence, overlap, separation, spread
 from peft_moe.report.wording import ADVICE
+from peft_moe.routing.measures import chance_divergence, divergence, overlap, separation, spread
 
 EYE = [[float(i == j) for j in range(4)] for i in range(4)]
 

@@ -12,7 +12,7 @@ from accelerate.utils import reduce
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
-from .report.measures import COLLAPSED, load_of, spread
+from .routing.measures import COLLAPSED, load_of, spread
 from .token_routed import TokenRoutedTuner
 
 
@@ -161,7 +161,7 @@ def _token_routed(trainer: Trainer, who: str) -> TokenRoutedTuner:
 
 
 def is_collapsed(values: Mapping[str, Any], num_base: int = 0) -> bool:
-    """Whether nearly all of a layer's tokens use the same experts, by the rule of a report's findings.
+    """Whether nearly all of a layer's tokens use the same experts, by the rule of `routing.measures`.
 
     Args:
         values: statistics of one layer.

@@ -13,7 +13,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from .report.heatmaps import draw
 from .report.layout import clean
-from .report.measures import highest_entropy, separation
+from .routing.measures import highest_entropy, separation
 from .routing_evaluated import routes, source_of
 
 __all__ = ["RoutingImages", "routes", "routing_line"]

@@ -22,8 +22,8 @@ from ..integrity import FITS, OURS, whole
 from ..medmoe.config import MedMoeLoraConfig
 from ..moelora.config import MoeLoraConfig
 from ..molora.config import MoLoraConfig
+from ..routing.names import by_group, by_number, parts_of
 from .contents import Contents, find_file
-from .names import by_group, by_number, parts_of
 from .routers import describe_routers
 
 FORMAT = 1  # of what `describe` returns

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..routing.measures import highest_entropy
 from .by_layer import Layer, alike, by_depth, effective_experts, finite_max, finite_mean
-from .measures import highest_entropy
 from .panels import Panel, even_text, heat, new_figure, thinned
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..routing.measures import COLLAPSED, Layer, divergence, entropy, is_dense, load_of, meant, spread
 from ..routing.statistics import DEAD
-from .measures import COLLAPSED, Layer, divergence, entropy, is_dense, load_of, meant, spread
 from .task_findings import compare_tasks
 from .wording import Finding, advice, count, finding, named
 

@@ -17,8 +17,8 @@ from ..bank import ExpertBank
 from ..grouped import GroupedMoeConfig
 from ..layer import IN_BASE_EXPERTS, MoeLinear
 from ..routing import GroupedRouter, Router, TaskRouter, TokenRouter
+from ..routing.names import by_group, by_number, parts_of
 from ..tuner import MoeTuner
-from .names import by_group, by_number, parts_of
 from .similarity import similarity
 
 # Gets a router, its weights (k, m, E), k rows or 1 for all, m tokens or 1 for all; and those of groups (k, m, G).

@@ -21,9 +21,9 @@ from ..moelora.config import MoeLoraConfig
 from ..moelora.model import new_router as new_task_router
 from ..molora.config import MoLoraConfig
 from ..routing import TokenGate
+from ..routing.names import SHARED, by_group
 from ..schedule import layer_of
 from ..token_routed import OF_ENCODER
-from .names import SHARED, by_group
 
 MOST_WEIGHTS = 1_000_000  # of a gate's table; a file of a few kilobytes could ask for one that fills the memory
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..routing import Router
-from .measures import chance_divergence
+from ..routing.measures import chance_divergence
 from .places import Place
 from .sums import columns_of, numbers_of, shares_of
 

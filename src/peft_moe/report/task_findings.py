@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .measures import Layer, divergence, overlap, separation
+from ..routing.measures import Layer, divergence, overlap, separation
 from .wording import Finding, advice, count, finding
 
 # Separation of tasks, from 0, the same load, to 1, no expert in common. Of two tasks with two experts, (0.5, 0.5) and

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .measures import Layer
+from ..routing.measures import Layer
 
 Finding = dict[str, Any]
 

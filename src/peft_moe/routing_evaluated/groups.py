@@ -14,9 +14,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import Trainer
 
-from ..report.names import by_group
 from ..report.sums import columns_of, numbers_of
 from ..routing import Decision, GroupedRouter
+from ..routing.names import by_group
 from ..tuner import MoeTuner
 from .source import Layer, Source, place_of
 

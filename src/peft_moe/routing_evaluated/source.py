@@ -8,7 +8,7 @@ from transformers import Trainer
 
 from ..card_methods import method_of
 from ..grouped import GroupedMoeConfig
-from ..report.names import parts_of
+from ..routing.names import parts_of
 from ..tuner import MoeTuner
 
 Layer = dict[str, Any]

@@ -11,8 +11,8 @@ import torch
 from torch.func import functional_call
 from transformers import Trainer
 
-from ..report.names import by_number
 from ..routing import TaskRouter
+from ..routing.names import by_number
 from ..tuner import MoeTuner
 from .source import Layer, Source, place_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from ..callbacks import RoutingCallback, read_recorded
-from ..report.names import by_number
+from ..routing.names import by_number
 from ..token_routed import TokenRoutedTuner
 from .source import Layer, Source, place_of
 
