@@ -121,7 +121,7 @@ def test_parameters_and_time_count_what_was_trained_before(made):
     entry = results["scores"]["bare"]["at_moe"]
     assert entry["all_stages"] == {"trainable": 3 * 4_884_480, "train_cpu": 1800}  # and its two kinds of experts
     assert (entry["parameters"]["trainable"], entry["seconds"]["train_cpu"]) == (4_884_480, 600)
-    cells = ["1 of 3", f"{BEST:g}", "14.65 M", "16", "30.0", "1.5", "5.0"]
+    cells = ["1", f"{BEST:g}", "14.65 M", "16", "30.0", "1.5", "5.0"]
     assert rows_of(page.read_text(), "scores-bare")["AT-MoE"][1:] == cells
 
 
