@@ -101,7 +101,7 @@ def importance(run: Run) -> int:
 
 
 def untold(protocol: str, system: str) -> bool:
-    """Whether nothing tells a system which task it has, and it is not there to compare others with."""
+    """Whether nothing tells a system its task, bare; but for the base model and AT-MoE's experts, which are needed."""
     return protocol == "bare" and system not in ("base", *EXPERTS, *TOLD)
 
 
