@@ -70,6 +70,10 @@ def test_a_layer_is_measured_in_every_step_and_drawn(run, tmp_path, monkeypatch)
     assert f"| {LABELS['molora']} | train | " in out
     written, _ = run(layer, *small, "--method", "moelora", "lora", "--steps", "prefill", "--keep")
     assert len(written["rows"]) == 2 * len(layer.STEPS) + 2
+    written, _ = run(layer, *small, "--method", "lora", "--steps", "train", "--dropout", "0.1", "--keep")
+    settings = {(row["method"], row["step"]): row["settings"] for row in written["rows"]}
+    assert settings["lora", "train"] == {"rounds": 2, "threads": 1, "dropout": 0.1}
+    assert settings["lora", "prefill"]["dropout"] == settings["molora", "train"]["dropout"] == 0
     assert draw(tmp_path, monkeypatch) == {"layer.png", "layer-forward.png"}
 
 
@@ -95,6 +99,17 @@ def test_growth_is_measured_along_every_axis_and_drawn(run, tmp_path, monkeypatc
     for row in written["rows"]:
         check(row | {"step": "train"})
     assert draw(tmp_path, monkeypatch) == {"scaling.png"}
+
+
+def test_rows_of_another_machine_are_not_kept_beside_new_ones(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(layer.SHAPES, "576x1536", (16, 24))
+    small = ["--shape", "576x1536", "--dtype", "fp32", "--method", "lora", "--steps", "memory"]
+    written, _ = run(layer, *small)
+    before = json.dumps(written | {"machine": written["machine"] | {"cpus": 1000}})
+    (tmp_path / "layer.json").write_text(before)
+    with pytest.raises(SystemExit, match=r"'cpus': 1000.*give another --output"):
+        run(layer, *small, "--keep")
+    assert (tmp_path / "layer.json").read_text() == before
 
 
 def test_without_anything_to_draw_pictures_says_who_writes_it(tmp_path, monkeypatch, capsys):

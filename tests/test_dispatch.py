@@ -146,6 +146,16 @@ def test_nothing_of_the_outputs_size_is_kept_and_no_x_for_frozen_experts(frozen)
     assert frozen == all(tensor is not arguments["x"] for tensor in kept)
 
 
+def test_no_copy_of_x_is_kept_under_autocast():
+    arguments, kept = make(tokens=(300,), n=40, m=50, num_experts=4, r=2, dtype=torch.float32), []
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+    ):
+        dispatched(**arguments)
+    assert [tensor is arguments["x"] for tensor in kept if tensor.numel() == 300 * 40] == [True]
+
+
 def test_it_writes_into_out_where_it_may_and_only_there():
     arguments = make()
     expected = add_experts_reference(**arguments)
@@ -215,7 +225,7 @@ def test_under_autocast_products_are_in_its_type():
 def test_a_second_derivative_is_a_clear_error():
     arguments = make()
     (gx,) = torch.autograd.grad(dispatched(**arguments).square().sum(), arguments["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(NotImplementedError, match="set PEFT_MOE_KERNELS=plain in the environment"):
         gx.sum().backward()
 
 

@@ -1,11 +1,12 @@
 """Token gates, what is made of their scores, which tokens count, and what routers say they did."""
 
+import contextlib
 import math
 from functools import partial
 
 import pytest
 import torch
-from helpers import routed_layers
+from helpers import plain, routed_layers
 from peft import get_peft_model
 from tiny_models import TASK_TYPES, make_inputs, make_model
 from torch import nn
@@ -16,6 +17,7 @@ from peft_moe.losses import Routed, localized, variance
 from peft_moe.routing import (
     BalanceTerm,
     Batch,
+    GroupedGate,
     Ledger,
     OutsideScale,
     RoutingStatistics,
@@ -90,6 +92,31 @@ def test_scores_are_the_same_float32_bits_in_every_mode(fields, weights, given):
     assert wide.dtype == torch.float32
     # else half precision would have given the same
     assert not torch.equal(nn.functional.linear(x.bfloat16(), gate.weight.bfloat16()).float(), wide)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 300, 6)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_grouped_gate_reads_half_precision_as_plain_pytorch_does_and_keeps_it_as_it_is(dtype, shape, frozen):
+    torch.manual_seed(0)
+    gate = GroupedGate(in_features=6, num_groups=2, num_experts=3)
+    gate.reset_parameters(even=False)
+    gate.to(dtype).requires_grad_(not frozen)
+    kept, found = [], []
+    for mode in (contextlib.nullcontext, plain):
+        e, kept[:] = make_x(*shape, dtype=dtype).requires_grad_(), []
+        with mode(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            groups, experts, _ = gate(e)
+        assert groups.dtype == experts.dtype == torch.float32
+        assert any(t.shape[-1] == 6 and t.numel() == e.numel() and t.dtype == torch.float32 for t in kept) == (
+            mode is plain and not frozen
+        )
+        gate.zero_grad()
+        (groups.sum() + experts.square().sum()).backward()
+        found.append([groups, experts, e.grad, None if frozen else gate.weight.grad])
+    for ours, expected in zip(*found, strict=True):
+        if expected is not None:
+            torch.testing.assert_close(ours, expected)
 
 
 def test_a_gate_starts_as_a_linear_layer_does():

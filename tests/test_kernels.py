@@ -9,19 +9,19 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import TASKS, plain, routed, routed_layers
+from helpers import plain, routed, routed_layers
 from kinds import KINDS, config_of
+from layer_helpers import ADAPTERS, COMMON, IN, OUT, TYPES, Net, assert_as_plain, compare, net, result
 from peft import LoraConfig, get_peft_model
 from quantised_helpers import CONFIGS, quantised, save_base
 from quantised_helpers import told as told_of_quantised
 from tiny_models import make_inputs, make_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
 
-from peft_moe import MedMoeLoraConfig, MoeLoraConfig, MoLoraConfig, kernels
+from peft_moe import MoeLoraConfig, MoLoraConfig, kernels
 
-IN, OUT, T = 5, 7, 6
+T = 6
 RANKS, FACTORS = (2, 1), (1.5, 7 / 3)
 R, E = sum(RANKS), len(RANKS)
 SPREAD = torch.block_diag(
@@ -159,61 +159,7 @@ def test_dropout_keeps_what_torch_keeps(dtype, shape):
 # layers
 
 
-class Net(nn.Module):
-    """A linear layer with a name."""
-
-    def __init__(self, conv=False, bias=True):
-        super().__init__()
-        self.lin = Conv1D(OUT, IN) if conv else nn.Linear(IN, OUT, bias=bias)
-
-    def forward(self, x):
-        return self.lin(x)
-
-
-COMMON = {"target_modules": ["lin"], "lora_dropout": 0.0, "init_lora_weights": False}
-ADAPTERS = {
-    "moelora": (MoeLoraConfig, {"r": 12, "num_experts": 4, "lora_alpha": 7, "tasks": TASKS, "default_task": "rad"}),
-    "moelora-layer": (
-        MoeLoraConfig,
-        {"r": 4, "num_experts": 2, "tasks": TASKS, "default_task": "rad", "gate_scope": "layer"},
-    ),
-    "moelora-one": (MoeLoraConfig, {"r": 4, "num_experts": 1, "lora_alpha": 7, "tasks": TASKS}),
-    "molora": (MoLoraConfig, {"r": 2, "num_experts": 4}),
-    "molora-k1": (MoLoraConfig, {"r": 2, "num_experts": 4, "top_k": 1, "balance_loss": "z"}),
-    "molora-dense": (MoLoraConfig, {"r": 2, "num_experts": 4, "top_k": 4, "router_bias": False}),
-    "molora-top_p": (MoLoraConfig, {"r": 2, "num_experts": 4, "top_p": 0.7}),
-    "molora-shared": (MoLoraConfig, {"r": 2, "num_experts": 4, "num_shared_experts": 2}),
-    "molora-dropout": (MoLoraConfig, {"r": 2, "num_experts": 4, "lora_dropout": 0.4}),
-    "molora-jitter-dropout": (MoLoraConfig, {"r": 2, "num_experts": 4, "router_jitter": 0.5, "lora_dropout": 0.4}),
-    "molora-balanced": (MoLoraConfig, {"r": 2, "num_experts": 4, "balance_loss": {"switch": 0.3, "z": 0.1}}),
-    "medmoe": (MedMoeLoraConfig, {"num_experts": 3, "expert_ranks": [2, 1, 3], "balance_loss": "none"}),
-    "medmoe-balanced": (MedMoeLoraConfig, {"num_experts": 3, "expert_ranks": [2, 1, 3]}),
-    "medmoe-temperature": (MedMoeLoraConfig, {"num_experts": 3, "expert_ranks": 2, "temperature": 0.4}),
-    "medmoe-anchored": (
-        MedMoeLoraConfig,
-        {"num_experts": 3, "expert_ranks": [2, 1], "base_expert_mode": "regularized", "base_coefficient": 0.3},
-    ),
-    "medmoe-dropout": (MedMoeLoraConfig, {"num_experts": 3, "expert_ranks": [2, 1], "lora_dropout": 0.4}),
-}
 FEW = ["moelora", "moelora-one", "molora", "medmoe"]
-
-
-def net(adapter, *, conv=False, with_bias=True, dtype=torch.float32, adapter_dtype=None, seed=0, **fields):
-    """A layer with an adapter: the peft model, in training mode."""
-    torch.manual_seed(seed)
-    config, own = ADAPTERS[adapter]
-    model = get_peft_model(Net(conv, with_bias).to(dtype), config(**COMMON | own | fields))
-    if config is not MoeLoraConfig:
-        model.set_balance_scale(1.0)
-    if conv:
-        nn.init.normal_(model.base_model.model.lin.base_layer.bias)
-    if adapter_dtype is not None:
-        for name, parameter in model.named_parameters():
-            if "moelora" in name:
-                parameter.data = parameter.data.to(adapter_dtype)
-        # as `.to` does
-        routed_layers(model)[0].bank("default").to(adapter_dtype)
-    return model.train()
 
 
 @pytest.fixture
@@ -227,43 +173,6 @@ def used(monkeypatch):
 
     monkeypatch.setattr(kernels, "add", counted)
     return calls
-
-
-def result(model, x, *, told=None, loss=False, x_frozen=False, seed=5):
-    """Output and gradients by name."""
-    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(not x_frozen)
-    model.zero_grad()
-    torch.manual_seed(seed)
-    y = model(x, **(told or {}))
-    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(6)).to(y.dtype)
-    total = (y * upstream).sum()
-    if (extra := getattr(model.base_model, "balance_loss", None)) is not None and loss:
-        assert extra.isfinite()
-    total.backward()
-    found = {"output": y.detach(), "x": x.grad}
-    return found | {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_as_plain(model, x, *, rtol=1e-5, atol=1e-6, **how):
-    ours = result(model, x, **how)
-    with plain():
-        expected = result(model, x, **how)
-    compare(ours, expected, rtol=rtol, atol=atol)
-    return ours
-
-
-def compare(ours, expected, *, rtol, atol):
-    """Tolerances are relative to each tensor's largest number."""
-    assert ours.keys() == expected.keys()
-    for name, value in expected.items():
-        if value is None:
-            assert ours[name] is None, name
-            continue
-        assert ours[name].dtype == value.dtype, name
-        size = value.abs().max().item() if value.numel() else 1.0
-        torch.testing.assert_close(
-            ours[name], value, rtol=rtol, atol=atol * max(size, 1.0), msg=lambda m, name=name: f"{name}: {m}"
-        )
 
 
 TOLD = {
@@ -355,20 +264,6 @@ def parameters_of(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-# float32 and wider differ by rounding. In bfloat16 (2⁻⁸ for one rounding) plain PyTorch rounds the bank's output, the
-# sum, and each of the gradients of x before they are added up, and kernels do not; scores are in float32 in both.
-BF16 = {"rtol": 3e-2, "atol": 3e-2}
-TYPES = {
-    "float64": (torch.float64, torch.float64, None, {"rtol": 1e-12, "atol": 1e-12}),
-    "float32": (torch.float32, torch.float32, None, {"rtol": 1e-5, "atol": 1e-6}),
-    "bfloat16": (torch.bfloat16, torch.bfloat16, None, BF16),
-    "a float32 adapter on bfloat16": (torch.bfloat16, torch.float32, None, BF16),
-    "float16": (torch.float16, torch.float16, None, {"rtol": 4e-3, "atol": 4e-3}),  # 2⁻¹¹
-    "a float32 adapter on float16": (torch.float16, torch.float32, None, {"rtol": 4e-3, "atol": 4e-3}),
-    "autocast": (torch.float32, torch.float32, torch.bfloat16, BF16),
-    "autocast of a bfloat16 base": (torch.bfloat16, torch.float32, torch.bfloat16, BF16),
-    "autocast to float16": (torch.float32, torch.float32, torch.float16, {"rtol": 4e-3, "atol": 4e-3}),
-}
 OF_TYPES = [
     "moelora",
     "moelora-one",
@@ -378,7 +273,6 @@ OF_TYPES = [
     "medmoe-temperature",
     "medmoe-anchored",
 ]
-ROUNDED = "bank.spread is float32 in a float64 bank, so that its factors are rounded to 1e-8"
 
 
 @pytest.mark.parametrize(
@@ -826,6 +720,16 @@ def test_a_dropout_keeps_a_byte_for_each_element():
         t for t in kept if t.numel() == x.numel() and t.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
     ]
     assert {t.dtype for t in of_x} == {torch.bool}
+
+
+def test_other_devices_cast_more_tokens_at_once():
+    def sizes(tokens, device):
+        return [at.stop - at.start for at in kernels._chunks(torch.empty(tokens, 1, device=device))]
+
+    assert sizes(1025, "cpu") == [512] * 3
+    assert sizes(8192, "meta") == [8192]
+    assert sizes(8193, "meta") == [8192] * 2
+    assert sizes(0, "meta") == [8192]
 
 
 # the output

@@ -372,9 +372,6 @@ REPLACED = [
 ]  # fmt: skip
 
 
-OF_MODULES = "`fits` looks at the modules that were there, not at whether the layer still has them"
-
-
 @pytest.mark.parametrize("replace", REPLACED, ids=lambda replace: replace.__name__)
 def test_a_replaced_part_is_used_from_the_next_call_on(replace, tmp_path):
     model = routed(TOKEN, tmp_path)

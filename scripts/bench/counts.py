@@ -4,12 +4,13 @@
     python scripts/bench/counts.py --method molora at_moe --output runs/bench/counts.json
     python scripts/bench/counts.py --limits
 
-All are ratios to a stock LoRA of the same total rank, and the same on every machine: tests/test_cost.py holds them
-against limits. A layer is 576 → 1536 and sees 4 × 64 tokens, or one token for each of 4 rows (decode); the model is a
-Llama of three layers, hidden size 192 and feed-forward size 512, that sees 4 × 32 tokens, then one more (decode), or
-generates 8 after 8 (generate). Products are what multiplies matrices, two operations for each multiplication; written
-are the bytes of all results but views; operations are calls of PyTorch's dispatcher, views included; kept are the bytes
-saved for backward beside the layer's input; peak is the most bytes at one time beyond the frozen layer's.
+All are ratios to a stock LoRA of the same total rank, and the same on every machine but for the peak in bfloat16, where
+a CPU's products need room of their own: tests/test_cost.py holds them against limits. A layer is 576 → 1536 and sees
+4 × 64 tokens, or one token for each of 4 rows (decode); the model is a Llama of three layers, hidden size 192 and
+feed-forward size 512, that sees 4 × 32 tokens, then one more (decode), or generates 8 after 8 (generate). Products are
+what multiplies matrices, two operations for each multiplication; written are the bytes of all results but views;
+operations are calls of PyTorch's dispatcher, views included; kept are the bytes saved for backward beside the layer's
+input; peak is the most bytes at one time beyond the frozen layer's.
 
 --limits prints them as LIMITS of the test, with its slack.
 """

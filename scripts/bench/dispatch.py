@@ -5,9 +5,9 @@
     python scripts/bench/dispatch.py --memory
 
 Forward and backward of a frozen linear layer with the experts, in one process, interleaved; medians over rounds. Every
-step has another routing, as in training: shapes that differ from step to step are part of the price. `dense` is the
-fused dense product in place, `LoRA` is peft's layer of rank E·r. `pays` is what the rule says. `--memory` prints the
-peak of the allocations of one step beyond what the base layer alone has, in MiB (from torch.profiler).
+step has another routing, as in training: shapes that differ from step to step are part of the price. `dense` is what
+layers do otherwise, `kernels.project` and `kernels.add`; `LoRA` is peft's layer of rank E·r. `pays` is what the rule
+says. `--memory` prints the peak of the allocations of one step beyond what the base layer alone has, in MiB.
 """
 
 import argparse
@@ -19,39 +19,17 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
+from counting import peak_memory
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
+from timing import keep_memory
 from torch import nn
-from torch.autograd.function import once_differentiable
 
+from peft_moe import kernels
 from peft_moe.dispatch import add_experts, pays
 
 ROOT = Path(__file__).parents[2]
 GRID = "8:1:16,8:1:64,8:2:16,8:2:32,8:2:64,8:2:128,16:2:16,32:2:16,32:2:32"
-
-
-class DenseExperts(torch.autograd.Function):
-    """All experts in one product, those not chosen weighed with 0, added to `out` in place."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, gates: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.mark_dirty(out)
-        z = x @ a.T
-        gates = gates.to(z.dtype).unsqueeze(-1)
-        out.addmm_((z.unflatten(1, (gates.shape[1], -1)) * gates).flatten(1), b.T)
-        ctx.save_for_backward(x, a, b, z, gates)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x, a, b, z, gates = ctx.saved_tensors
-        z = z.unflatten(1, (gates.shape[1], -1))
-        gh = (g @ b).view(z.shape)
-        gz = (gh * gates).flatten(1)
-        return g, gz @ a, gz.T @ x, g.T @ (z * gates).flatten(1), (gh * z).sum(-1, dtype=torch.float32)
 
 
 def main() -> None:
@@ -68,6 +46,7 @@ def main() -> None:
     parser.add_argument("--skew", type=float, default=0.0, help="how much likelier (in logits) the last expert is")
     parser.add_argument("--memory", action="store_true")
     arguments = parser.parse_args()
+    keep_memory()
     torch.set_num_threads(arguments.threads)
     rows = []
     if arguments.memory:
@@ -86,7 +65,7 @@ def main() -> None:
                     label = f"| {shape}, {dtype} | {experts}, {tokens} | "
                     row = {"shape": shape, "dtype": dtype, "experts": experts, "tokens": tokens}
                     if arguments.memory:
-                        peaks = {name: peak(step) for name, step in steps.items()}
+                        peaks = {name: peak_memory(step) for name, step in steps.items()}
                         row |= {name: (peaks[name] - peaks["base"]) / 2**20 for name in ("dispatched", "dense", "LoRA")}
                         print(label + f"{row['dispatched']:.1f} | {row['dense']:.1f} | {row['LoRA']:.1f} |", flush=True)
                     else:
@@ -122,6 +101,8 @@ def make_steps(
     nn.init.normal_(b, std=0.02)
     x, g = torch.randn(tokens, n, dtype=dtype, requires_grad=True), torch.randn(tokens, m, dtype=dtype)
 
+    spread = torch.eye(num_experts).repeat_interleave(r, dim=1)
+
     def route() -> tuple[torch.Tensor, torch.Tensor]:
         scores, experts = (torch.randn(tokens, num_experts) + torch.linspace(0, skew, num_experts)).topk(k)
         return scores.softmax(-1).requires_grad_(), experts
@@ -135,7 +116,8 @@ def make_steps(
 
     def dense(weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         gates = weights.new_zeros(tokens, num_experts).scatter(1, experts, weights)
-        return DenseExperts.apply(base(x), x, a, b, gates)
+        out, z, _ = kernels.project(x, a, base=(base.weight, None))
+        return kernels.add(out, z, b, weights=gates, spread=spread)
 
     return {
         "base": lambda: step(lambda *_: base(x)),
@@ -170,21 +152,6 @@ def compare(steps: dict[str, Callable[[], None]], rounds: int, warmup: int) -> d
         "base_to_LoRA": median(ratios("base", "LoRA")),
         "ms": {name: median(values) for name, values in times.items()},
     }
-
-
-def peak(step: Callable[[], None]) -> int:
-    """Most bytes that a step has allocated at one time, beyond what was there before it."""
-    step()
-    with torch.profiler.profile(profile_memory=True) as profile:
-        step()
-    now = most = 0
-    for event in sorted(
-        (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"),
-        key=lambda event: event.start_ns(),
-    ):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
 
 
 if __name__ == "__main__":

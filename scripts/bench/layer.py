@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), nargs="+", default=list(SHAPES))
     parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=list(DTYPES))
     parser.add_argument("--steps", choices=STEPS, nargs="+", default=STEPS)
+    parser.add_argument("--dropout", type=float, default=0.0, help="lora_dropout of all")
     arguments = parser.parse_args()
     keep_memory()
     torch.set_num_threads(arguments.threads)
@@ -55,7 +56,7 @@ def main() -> None:
             print("| | step | / LoRA of total rank | / LoRA of active rank | / base alone | target |")
             print("|---|---|---|---|---|---|")
             for method in arguments.method:
-                for row in measure(method, shape, dtype, arguments.steps, arguments.rounds):
+                for row in measure(method, shape, dtype, arguments):
                     rows.append({"shape": shape, "dtype": dtype, "method": method, **row})
                     print(line(rows[-1]), flush=True)
                 write(arguments, rows, ("shape", "dtype", "method", "step"))  # should the rest be interrupted
@@ -65,11 +66,12 @@ def main() -> None:
             print_saved(row)
 
 
-def measure(method: str, shape: str, dtype: str, steps: list[str], rounds: int) -> list[dict[str, Any]]:
+def measure(method: str, shape: str, dtype: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each step."""
     found = []
-    few = contestants(method, SHAPES[shape], dtype) if {"train", "prefill", "memory"} & set(steps) else {}
-    for step in steps:
+    make_models = partial(contestants, method, SHAPES[shape], dtype, dropout=arguments.dropout)
+    few = make_models() if {"train", "prefill", "memory"} & set(arguments.steps) else {}
+    for step in arguments.steps:
         if step == "memory":
             found.append({"step": step, **memory(few, method, dtype)})
             continue
@@ -77,10 +79,10 @@ def measure(method: str, shape: str, dtype: str, steps: list[str], rounds: int) 
         if step in ("train", "prefill"):
             models, x = few, random_input(4, 256, SHAPES[shape][0], dtype)
         else:
-            models = contestants(method, SHAPES[shape], dtype, depth=DEPTH)
+            models = make_models(depth=DEPTH)
             x = random_input(int(step.removeprefix("decode_")), 1, SHAPES[shape][0], dtype)
         runs = {name: make(model, x, method if name == "ours" else "lora") for name, model in models.items()}
-        row = summary(interleave(runs, rounds))
+        row = summary(interleave(runs, arguments.rounds))
         if step.startswith("decode"):
             row["ms"] = {name: ms / DEPTH for name, ms in row["ms"].items()}
         ratio, target = row["ratios"]["total"]["median"], target_of("layer", method, dtype, step)
@@ -88,19 +90,21 @@ def measure(method: str, shape: str, dtype: str, steps: list[str], rounds: int) 
     return found
 
 
-def contestants(method: str, shape: tuple[int, int], dtype: str, depth: int = 1) -> dict[str, nn.Module]:
+def contestants(
+    method: str, shape: tuple[int, int], dtype: str, depth: int = 1, dropout: float = 0.0
+) -> dict[str, nn.Module]:
     """The frozen layer, stock LoRAs of the total and of the active rank if it is another, and the method."""
     torch.manual_seed(0)
 
     def base() -> Layers:
         return Layers(*shape, depth=depth).requires_grad_(False)
 
-    ours = adapt(base(), config_of(method, base, TARGETS), dtype)
+    ours = adapt(base(), config_of(method, base, TARGETS, lora_dropout=dropout), dtype)
     models = {"base": base().to(DTYPES[dtype][0])}
     for name, active in (("total", False), ("active", True)):
         ranks = ranks_of(ours, active=active)
         if not active or ranks != ranks_of(ours):
-            models[name] = adapt(base(), stock_lora(ranks, TARGETS), dtype)
+            models[name] = adapt(base(), stock_lora(ranks, TARGETS, lora_dropout=dropout), dtype)
     return models | {"ours": ours}
 
 

@@ -74,11 +74,14 @@ def add_options(parser: argparse.ArgumentParser, output: Path, *, rounds: int) -
     parser.add_argument("--output", type=Path, default=output, help="JSON to write")
     parser.add_argument("--keep", action="store_true", help="keep the rows of --output that this run does not measure")
     parser.add_argument("--rounds", type=int, default=rounds, help="at least 2")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=2)
 
 
 def write(arguments: argparse.Namespace, rows: list[dict[str, Any]], names: tuple[str, ...]) -> None:
-    """Write the rows and what they were measured with.
+    """Write the rows and what they were measured with: settings for each row, and the machine.
+
+    Raises:
+        SystemExit: `--keep`, and the rows that are there were measured on another machine.
 
     Args:
         arguments: of the command.
@@ -86,13 +89,7 @@ def write(arguments: argparse.Namespace, rows: list[dict[str, Any]], names: tupl
         names: the fields that tell rows apart.
     """
     path: Path = arguments.output
-    if arguments.keep and path.exists():
-        measured = {tuple(row.get(name) for name in names) for row in rows}
-        before = json.loads(path.read_text())["rows"]
-        rows = [row for row in before if tuple(row.get(name) for name in names) not in measured] + rows
-    path.parent.mkdir(parents=True, exist_ok=True)
     machine = {
-        "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
@@ -102,9 +99,18 @@ def write(arguments: argparse.Namespace, rows: list[dict[str, Any]], names: tupl
     settings = {
         key: Path(value).name if key == "model" else value
         for key, value in vars(arguments).items()
-        if key not in ("output", "keep")
+        if key not in ("output", "keep") and not (isinstance(value, list) and isinstance(value[0], str))
     }
-    parts = {"settings": settings, "machine": machine}
-    head = "".join(f"{json.dumps(key)}: {json.dumps(value, default=str)},\n" for key, value in parts.items())
+    rows = [row | {"settings": settings} for row in rows]
+    if arguments.keep and path.exists():
+        before = json.loads(path.read_text())
+        if before["machine"] != machine:
+            raise SystemExit(
+                f"{path} was measured on {before['machine']} and this is {machine}: give another --output, or leave "
+                "out --keep to measure all of it anew."
+            )
+        measured = {tuple(row.get(name) for name in names) for row in rows}
+        rows = [row for row in before["rows"] if tuple(row.get(name) for name in names) not in measured] + rows
+    path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(row, default=str, ensure_ascii=False) for row in rows)  # one for each row
-    path.write_text(f'{{{head}"rows": [\n{lines}\n]}}\n')
+    path.write_text(f'{{"machine": {json.dumps(machine)},\n"rows": [\n{lines}\n]}}\n')

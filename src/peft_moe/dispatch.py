@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -44,8 +43,9 @@ def add_experts(
 ) -> torch.Tensor:
     """Add `Σ_k weights[t, k] · B_e A_e x[t]`, e = experts[t, k], to out[t].
 
-    Differentiable once, for everything but `experts`. Kept for backward: x, a, b, and per slot r numbers and two
-    indices. Loads are read to the host: torch.compile breaks its graph here, and devices other than the CPU wait.
+    Differentiable once, for everything but `experts`; a second time is a NotImplementedError. Kept for backward: x, a,
+    b, and per slot r numbers and two indices. Loads are read to the host: torch.compile breaks its graph here, and
+    devices other than the CPU wait.
 
     Args:
         out: (..., out), any leading axes, the same in x, weights and experts.
@@ -69,7 +69,7 @@ def add_experts(
         )
     if torch.is_autocast_enabled(out.device.type) and a.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(out.device.type)
-        x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
+        a, b = a.to(dtype), b.to(dtype)  # and x where it is read, so that no copy of it is kept
     return _AddExperts.apply(out, x, a, b, weights, experts, r, writable)
 
 
@@ -288,8 +288,17 @@ class _AddExperts(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        with torch.no_grad():
+            of_out, *gradients = _AddExperts._gradients(ctx, g)
+        if not torch.is_grad_enabled():
+            return of_out, *gradients
+        given = [gradient for gradient in gradients if gradient is not None]
+        once = iter(_Once.apply(torch.zeros((), requires_grad=True), *given))
+        return of_out, *(None if gradient is None else next(once) for gradient in gradients)
+
+    @staticmethod
+    def _gradients(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, a, b, z, slot_weights, tokens, slot_of_pair = ctx.saved_tensors
         need_out, need_x, need_a, need_b, need_weights = ctx.needs_input_grad[:5]
         where = {"tokens": tokens, "groups": ctx.groups}
@@ -312,3 +321,18 @@ class _AddExperts(torch.autograd.Function):
             gx = _gradient_of_x(gz, a, slot_of_pair, flat_shape, dtype, **where)
             gx.resize_(shape)  # no view, so that autograd can add the base layer's gradient in place
         return g if need_out else None, gx, ga, gb, gw, None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are, which have no derivative of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(gradient.view_as(gradient) for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        raise NotImplementedError(
+            "A second derivative of tokens that were dispatched to their experts is not computed: set "
+            "PEFT_MOE_KERNELS=plain in the environment, which computes them densely in plain PyTorch."
+        )

@@ -103,7 +103,10 @@ def _dispatch(
 ) -> torch.Tensor:
     """`add`, where each token's k experts are computed and no others."""
     bank, tokens, gate = layer.bank(adapter), _as_tokens(x), _gate_of(layer.router_of(adapter), x)
-    product = None if gate is None else kernels.project(tokens, gate)[1].view(*x.shape[:-1], len(gate))
+    product = None
+    if gate is not None:  # in float32 or wider, as everywhere, or rounding would choose other experts here
+        gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
+        product = kernels.project(tokens, gate)[1].view(*x.shape[:-1], len(gate))
     weights, experts = _as_tokens(layer.weights(adapter, x, view, product)).topk(k, dim=-1)
     weights = weights * (bank.factors[0] if bank.scaling is None else bank.scaling[experts])
     # of tokens, not of x, whose output with a bias is a view, which cannot be written to
@@ -122,7 +125,9 @@ def experts_to_dispatch(bank: ExpertBank, router: Router | None, x: torch.Tensor
 
 def least_to_dispatch(bank: ExpertBank, router: Router | None, dtype: torch.dtype) -> int | None:
     """From how many tokens on it pays to compute each token's experts alone, in a type; None for never."""
-    if not isinstance(router, TokenRouter) or len(set(bank.ranks)) > 1 or (k := router.chosen_per_token) is None:
+    if type(router) is not TokenRouter or not kernels.is_unseen(router):  # others may give a token any experts
+        return None
+    if len(set(bank.ranks)) > 1 or (k := router.chosen_per_token) is None:
         return None
     device, r = bank.lora_A.weight.device, bank.ranks[0]
     return dispatch.least_tokens(num_experts=len(bank.ranks), k=k, r=r, dtype=dtype, device=device)

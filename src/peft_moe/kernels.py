@@ -26,8 +26,9 @@ from torch.nn.modules import module as torch_modules
 
 SWITCH = "PEFT_MOE_KERNELS"
 # Tokens that are cast at once where an adapter's type is not the base layer's; a whole copy of x or of the output would
-# cost what is saved elsewhere, and this many rows are enough for a product to be fast.
-CHUNK = 512
+# cost what is saved elsewhere, and this many rows are enough for a product to be fast. What a call costs a device other
+# than the CPU counts for more, and was not measured.
+CHUNK, CHUNK_ELSEWHERE = 512, 8192
 # torch's hooks for all modules, in dicts that it has for good.
 GLOBAL_HOOKS = (torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks)
 
@@ -172,7 +173,7 @@ def add_weighed(
         h, b = _weigh(z, each), b.to(z.dtype).T
         if out.dtype == z.dtype:
             return out.addmm_(h, b, alpha=factor)
-        for at in _chunks(len(z)):
+        for at in _chunks(z):
             _add_product(out[at], h[at], b, factor)
         return out
 
@@ -338,7 +339,7 @@ def _rows(x: torch.Tensor, matrix: torch.Tensor, dropout: Dropout | None = None)
     """x (t, p) times a matrix (p, q), in the type of the matrix."""
     if dropout is None and x.dtype == matrix.dtype:
         return x @ matrix
-    return torch.cat([_cast(x, at, matrix.dtype, dropout) @ matrix for at in _chunks(len(x))])
+    return torch.cat([_cast(x, at, matrix.dtype, dropout) @ matrix for at in _chunks(x)])
 
 
 def _outer(g: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, dropout: Dropout | None = None) -> torch.Tensor:
@@ -346,7 +347,7 @@ def _outer(g: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, dropout: Dropou
     if dropout is None and g.dtype == x.dtype == dtype:
         return g.T @ x
     total = torch.zeros(g.shape[1], x.shape[1], dtype=dtype, device=g.device)
-    for at in _chunks(len(x)):
+    for at in _chunks(x):
         total = total.addmm_(g[at].to(dtype).T, _cast(x, at, dtype, dropout))
     return total
 
@@ -359,7 +360,7 @@ def _through(
     if h is None or not wanted or g.dtype == dtype:
         return _rows(g, b) if wanted else None, None if h is None else _outer(g, h, dtype)
     total, parts = torch.zeros_like(b), []
-    for at in _chunks(len(g)):  # cast once for both
+    for at in _chunks(g):  # cast once for both
         part = g[at].to(dtype)
         parts.append(part @ b)
         total = total.addmm_(part.T, h[at])
@@ -373,10 +374,15 @@ def _onto(
     matrix = matrix.to(g.dtype)
     if gx is None and g.dtype == dtype and dropout is None:
         return g @ matrix
-    gx = torch.zeros(len(g), matrix.shape[1], dtype=dtype, device=g.device) if gx is None else gx
+    if gx is None:
+        gx = torch.empty(len(g), matrix.shape[1], dtype=dtype, device=g.device)
+        for at in _chunks(g):
+            part = g[at] @ matrix
+            gx[at].copy_(part if dropout is None else dropout(part, at))
+        return gx
     if gx.dtype == g.dtype and dropout is None:
         return gx.addmm_(g, matrix)
-    for at in _chunks(len(g)):
+    for at in _chunks(g):
         if dropout is None:
             _add_product(gx[at], g[at], matrix)
         else:
@@ -402,8 +408,9 @@ def _times(x: torch.Tensor, factor: float) -> torch.Tensor:
     return x if factor == 1 else x * factor
 
 
-def _chunks(tokens: int) -> list[slice]:
-    return [slice(at, at + CHUNK) for at in range(0, max(tokens, 1), CHUNK)]
+def _chunks(x: torch.Tensor) -> list[slice]:
+    size = CHUNK if x.device.type == "cpu" else CHUNK_ELSEWHERE
+    return [slice(at, at + size) for at in range(0, max(len(x), 1), size)]
 
 
 def _no_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .. import kernels
+
 # Smallest temperature a gate can learn; softplus alone could reach 0 in float32.
 COLDEST = 0.05
 
@@ -176,15 +178,15 @@ class GroupedGate(nn.Module):
             scale: (..., 1), what e is to be multiplied by; its few scores are instead.
         """
         with torch.autocast(e.device.type, enabled=False):
-            e = wide(e)
-            scores = None if self.weight is None else F.linear(e, wide(self.weight).to(e.dtype))
+            dtype = torch.promote_types(e.dtype, torch.float32)
+            scores = None if self.weight is None else _product(e, wide(self.weight).to(dtype))
             scores = scores if scale is None or scores is None else scores * scale
             groups = scores[..., : self.num_groups] / self.group_temperature if scores is not None else None
             if self.expert_bias is not None:
-                experts = wide(self.expert_bias).to(e.dtype).expand(*e.shape[:-1], -1)
+                experts = wide(self.expert_bias).to(dtype).expand(*e.shape[:-1], -1)
             else:
                 experts = scores[..., self.num_groups :]  # type: ignore[index]  # there unless static
-            mix = self.mix if self.mix_bias is None else wide(self.mix_bias).sigmoid().to(e.dtype)
+            mix = self.mix if self.mix_bias is None else wide(self.mix_bias).sigmoid().to(dtype)
             return groups if self.num_groups else None, experts / self.expert_temperature, mix
 
     @property
@@ -195,6 +197,13 @@ class GroupedGate(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, num_groups={self.num_groups}, num_experts={self.num_experts}"
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (..., in) times a weight (n, in), in the weight's type: (..., n). For backward x is kept in its own."""
+    if x.dtype == weight.dtype or not kernels.may_fuse(x):
+        return F.linear(x.to(weight.dtype), weight)
+    return kernels.project(x.reshape(-1, x.shape[-1]), weight)[1].view(*x.shape[:-1], len(weight))
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
