@@ -50,7 +50,7 @@ class Dropout(NamedTuple):
 
     def __call__(self, part: torch.Tensor, at: slice = slice(None)) -> torch.Tensor:
         """What is left of x, or of some of its tokens."""
-        return part * self.kept[at] * self.scale
+        return (part * self.kept[at].view(torch.uint8)).mul_(self.scale)  # numbers are multiplied faster than a bool
 
 
 def draw_dropout(x: torch.Tensor, p: float) -> Dropout:
@@ -266,8 +266,8 @@ class _Add(torch.autograd.Function):
         gz = gw = None
         with _no_autocast(z):
             each = _each_rank(weights, spread, z.dtype)
-            h = _weigh(z, each) if of_b else None
-            gh, gb = _through(g, b.to(z.dtype), h, wanted=of_z or of_weights)
+            # h is not needed any longer than this
+            gh, gb = _through(g, b.to(z.dtype), _weigh(z, each) if of_b else None, wanted=of_z or of_weights)
             gb = None if gb is None else _times(gb, ctx.factor).to(b.dtype)
             if gh is not None:
                 gh = _times(gh, ctx.factor)
