@@ -100,7 +100,7 @@ def compare(ours, expected, *, rtol, atol):
         assert ours[name].dtype == value.dtype, name
         size = value.abs().max().item() if value.numel() else 1.0
         torch.testing.assert_close(
-            ours[name], value, rtol=rtol, atol=atol * max(size, 1.0), msg=lambda m, name=name: f"{name}: {m}"
+            ours[name], value, rtol=rtol, atol=atol * size, msg=lambda m, name=name: f"{name}: {m}"
         )
 
 

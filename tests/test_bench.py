@@ -70,10 +70,7 @@ def test_a_layer_is_measured_in_every_step_and_drawn(run, tmp_path, monkeypatch)
     assert f"| {LABELS['molora']} | train | " in out
     written, _ = run(layer, *small, "--method", "moelora", "lora", "--steps", "prefill", "--keep")
     assert len(written["rows"]) == 2 * len(layer.STEPS) + 2
-    written, _ = run(layer, *small, "--method", "lora", "--steps", "train", "--dropout", "0.1", "--keep")
-    settings = {(row["method"], row["step"]): row["settings"] for row in written["rows"]}
-    assert settings["lora", "train"] == {"rounds": 2, "threads": 1, "dropout": 0.1}
-    assert settings["lora", "prefill"]["dropout"] == settings["molora", "train"]["dropout"] == 0
+    assert all(row["settings"] == {"rounds": 2, "threads": 1, "dropout": 0.0} for row in written["rows"])
     assert draw(tmp_path, monkeypatch) == {"layer.png", "layer-forward.png"}
 
 
@@ -110,6 +107,15 @@ def test_rows_of_another_machine_are_not_kept_beside_new_ones(run, tmp_path, mon
     with pytest.raises(SystemExit, match=r"'cpus': 1000.*give another --output"):
         run(layer, *small, "--keep")
     assert (tmp_path / "layer.json").read_text() == before
+
+
+def test_rows_with_another_dropout_are_not_kept_beside_those_without(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(layer.SHAPES, "576x1536", (16, 24))
+    small = ["--shape", "576x1536", "--dtype", "fp32", "--method", "molora", "--steps"]
+    written, _ = run(layer, *small, "memory", "--dropout", "0.5")
+    assert any("bool" in shape for shape in written["rows"][0]["saved_bytes"]["ours"])
+    with pytest.raises(SystemExit, match=r"has rows of other settings.*'dropout': 0.5.*give another --output"):
+        run(layer, *small, "train", "--keep")
 
 
 def test_without_anything_to_draw_pictures_says_who_writes_it(tmp_path, monkeypatch, capsys):

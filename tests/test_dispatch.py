@@ -222,11 +222,23 @@ def test_under_autocast_products_are_in_its_type():
         assert gradient.dtype == torch.float32
 
 
-def test_a_second_derivative_is_a_clear_error():
+@pytest.mark.parametrize("frozen", [(), ("a", "b"), ("x",), ("weights",)])
+@pytest.mark.parametrize("loss", [torch.sum, lambda y: y.square().sum()], ids=["linear", "square"])
+def test_a_second_derivative_by_anything_is_a_clear_error_and_never_a_part_of_it(loss, frozen):
     arguments = make()
-    (gx,) = torch.autograd.grad(dispatched(**arguments).square().sum(), arguments["x"], create_graph=True)
+    arguments |= {name: arguments[name].detach() for name in frozen}
+    inputs = {name: arguments[name] for name in NAMES if name not in frozen}
+    # beside the experts there is a way that does have a second derivative, as a layer's base has
+    output = dispatched(**arguments) + (arguments["x"].square().sum() if "x" in inputs else 0)
+    gradients = torch.autograd.grad(loss(output), list(inputs.values()), create_graph=True)
+    total = sum(g.square().sum() for g, name in zip(gradients, inputs, strict=True) if name != "out")
     with pytest.raises(NotImplementedError, match="set PEFT_MOE_KERNELS=plain in the environment"):
-        gx.sum().backward()
+        total.backward(retain_graph=True)
+    for name, source in inputs.items():
+        if loss is torch.sum and (name == "out" or (name == "x" and "a" in frozen)):
+            continue  # gradients do not depend on the one; the other is not kept
+        with pytest.raises(NotImplementedError, match="set PEFT_MOE_KERNELS=plain in the environment"):
+            torch.autograd.grad(total, source, retain_graph=True)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a step costs, counted and not timed: the same on every machine and in every run.
+"""What a step costs, counted and not timed: the same in every run, but for what products in bfloat16 need inside.
 
 `count` gives operations, multiplications and bytes of a step by watching what PyTorch dispatches, `peak_memory` the
 largest sum of what its CPU allocator has given out, `saved_for_backward` the tensors that a forward keeps.

@@ -6,8 +6,9 @@
 
 Forward and backward of a frozen linear layer with the experts, in one process, interleaved; medians over rounds. Every
 step has another routing, as in training: shapes that differ from step to step are part of the price. `dense` is what
-layers do otherwise, `kernels.project` and `kernels.add`; `LoRA` is peft's layer of rank E·r. `pays` is what the rule
-says. `--memory` prints the peak of the allocations of one step beyond what the base layer alone has, in MiB.
+layers do otherwise, `kernels.project` and `kernels.add`, both with a router's gate; `LoRA` is peft's layer of rank E·r.
+`pays` is what the rule says. `--memory` prints the peak of the allocations of one step beyond what the base layer alone
+has, in MiB.
 """
 
 import argparse
@@ -101,27 +102,30 @@ def make_steps(
     nn.init.normal_(b, std=0.02)
     x, g = torch.randn(tokens, n, dtype=dtype, requires_grad=True), torch.randn(tokens, m, dtype=dtype)
 
-    spread = torch.eye(num_experts).repeat_interleave(r, dim=1)
+    spread, gate = torch.eye(num_experts).repeat_interleave(r, dim=1), nn.Parameter(torch.randn(num_experts, n))
 
-    def route() -> tuple[torch.Tensor, torch.Tensor]:
-        scores, experts = (torch.randn(tokens, num_experts) + torch.linspace(0, skew, num_experts)).topk(k)
-        return scores.softmax(-1).requires_grad_(), experts
+    def route(product: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        drawn = torch.randn(tokens, num_experts) + torch.linspace(0, skew, num_experts)
+        scores, experts = (0 * product + drawn).topk(k)  # another choice in each step, and a gradient for the gate
+        return scores.softmax(-1), experts
 
-    def step(forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
-        forward(*route()).backward(g)
-        x.grad = a.grad = b.grad = None
+    def step(forward: Callable[[], torch.Tensor]) -> None:
+        forward().backward(g)
+        x.grad = a.grad = b.grad = gate.grad = None
 
-    def dispatched(weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    def dispatched() -> torch.Tensor:
+        weights, experts = route(kernels.project(x, gate)[1])
         return add_experts(base(x), x, a, b, weights=weights, experts=experts, r=r, writable=True)
 
-    def dense(weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-        gates = weights.new_zeros(tokens, num_experts).scatter(1, experts, weights)
-        out, z, _ = kernels.project(x, a, base=(base.weight, None))
-        return kernels.add(out, z, b, weights=gates, spread=spread)
+    def dense() -> torch.Tensor:
+        out, z, product = kernels.project(x, a, base=(base.weight, None), gate=gate)
+        weights, experts = route(product)
+        weights = torch.zeros_like(product).scatter(1, experts, weights)
+        return kernels.add(out, z, b, weights=weights, spread=spread)
 
     return {
-        "base": lambda: step(lambda *_: base(x)),
-        "LoRA": lambda: step(lambda *_: lora(x)),
+        "base": lambda: step(lambda: base(x)),
+        "LoRA": lambda: step(lambda: lora(x)),
         "dense": lambda: step(dense),
         "dispatched": lambda: step(dispatched),
     }

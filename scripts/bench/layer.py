@@ -25,7 +25,7 @@ import torch
 from counting import peak_memory, saved_for_backward
 from methods import DTYPE_LABELS, DTYPES, LABELS, Layers, adapt, config_of, ranks_of, stock_lora, task_ids_of
 from targets import LAYER, target_of, verdict
-from timing import add_options, interleave, keep_memory, shown, summary, write
+from timing import add_options, interleave, shown, start, summary, write
 from torch import nn
 
 ROOT = Path(__file__).parents[2]
@@ -47,12 +47,12 @@ def main() -> None:
     parser.add_argument("--steps", choices=STEPS, nargs="+", default=STEPS)
     parser.add_argument("--dropout", type=float, default=0.0, help="lora_dropout of all")
     arguments = parser.parse_args()
-    keep_memory()
-    torch.set_num_threads(arguments.threads)
+    start(arguments)
     rows = []
     for shape in arguments.shape:
         for dtype in arguments.dtype:
-            print(f"\n{shape.replace('x', ' → ')}, {DTYPE_LABELS[dtype]}, {arguments.threads} threads\n")
+            title = f"{shape.replace('x', ' → ')}, {DTYPE_LABELS[dtype]}, {arguments.threads} threads"
+            print(f"\n{title}{f', dropout {arguments.dropout}' if arguments.dropout else ''}\n")
             print("| | step | / LoRA of total rank | / LoRA of active rank | / base alone | target |")
             print("|---|---|---|---|---|---|")
             for method in arguments.method:

@@ -30,7 +30,7 @@ import torch
 from counting import peak_memory
 from methods import DTYPE_LABELS, DTYPES, LABELS, adapt, config_of, ranks_of, stock_lora, task_ids_of
 from targets import target_of, verdict
-from timing import add_options, interleave, keep_memory, shown, summary, write
+from timing import add_options, interleave, shown, start, summary, write
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -55,8 +55,7 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=16, help="that generate makes")
     arguments = parser.parse_args()
-    keep_memory()
-    torch.set_num_threads(arguments.threads)
+    start(arguments)
     disable_progress_bar()
     rows = []
     for dtype in arguments.dtype:

@@ -18,7 +18,7 @@ import torch
 from counting import peak_memory
 from layer import TARGETS, random_input, training_step
 from methods import DTYPE_LABELS, DTYPES, Layers, adapt, config_of, ranks_of, stock_lora
-from timing import add_options, interleave, keep_memory, shown, summary, write
+from timing import add_options, interleave, shown, start, summary, write
 
 ROOT = Path(__file__).parents[2]
 FACTORS = [1, 2, 4, 8, 16, 32, 64]
@@ -41,8 +41,7 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=2, default=(576, 1536), metavar=("IN", "OUT"))
     parser.add_argument("--factors", type=int, nargs="+", choices=FACTORS, default=FACTORS)
     arguments = parser.parse_args()
-    keep_memory()
-    torch.set_num_threads(arguments.threads)
+    start(arguments)
     rows = []
     for axis in arguments.axis:
         for dtype in arguments.dtype:

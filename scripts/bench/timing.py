@@ -22,6 +22,28 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 SHORTEST = 60  # ms that a timing takes at least; shorter steps are repeated
 
 
+def start(arguments: argparse.Namespace) -> None:
+    """Make the process ready.
+
+    Raises:
+        SystemExit: `--keep`, and the rows that are there cannot stand beside new ones.
+    """
+    path: Path = arguments.output
+    if arguments.keep and path.exists():
+        before = json.loads(path.read_text())
+        if before["machine"] != _machine():
+            raise SystemExit(
+                f"{path} was measured on {before['machine']} and this is {_machine()}: give another --output, or leave "
+                "out --keep to measure all of it anew."
+            )
+        alike = {key: value for key, value in _settings(arguments).items() if key not in ("rounds", "threads")}
+        other = [row["settings"] for row in before["rows"] if alike != {key: row["settings"].get(key) for key in alike}]
+        if other:
+            raise SystemExit(f"{path} has rows of other settings, {other[0]}, than {alike}: give another --output.")
+    keep_memory()
+    torch.set_num_threads(arguments.threads)
+
+
 def keep_memory() -> None:
     """Start the program again so that its C library, if that is glibc, keeps what it has got from the system."""
     if any(os.environ.get(name) != value for name, value in KEEP_MEMORY.items()):
@@ -80,37 +102,38 @@ def add_options(parser: argparse.ArgumentParser, output: Path, *, rounds: int) -
 def write(arguments: argparse.Namespace, rows: list[dict[str, Any]], names: tuple[str, ...]) -> None:
     """Write the rows and what they were measured with: settings for each row, and the machine.
 
-    Raises:
-        SystemExit: `--keep`, and the rows that are there were measured on another machine.
-
     Args:
         arguments: of the command.
         rows: what was measured.
         names: the fields that tell rows apart.
     """
+    settings = _settings(arguments)
+    rows = [row | {"settings": settings} for row in rows]
     path: Path = arguments.output
-    machine = {
+    if arguments.keep and path.exists():
+        measured = {tuple(row.get(name) for name in names) for row in rows}
+        before = json.loads(path.read_text())["rows"]
+        rows = [row for row in before if tuple(row.get(name) for name in names) not in measured] + rows
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(row, default=str, ensure_ascii=False) for row in rows)  # one for each row
+    path.write_text(f'{{"machine": {json.dumps(_machine())},\n"rows": [\n{lines}\n]}}\n')
+
+
+def _machine() -> dict[str, Any]:
+    """What rows have to have in common to stand side by side."""
+    matrices = " and AMX" if torch.cpu._is_amx_tile_supported() else ""
+    return {
         "cpus": os.cpu_count(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu": torch.backends.cpu.get_cpu_capability() + matrices,
         "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "peft", "transformers")},
     }
-    # a model by its name: its path is this machine's
-    settings = {
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All that was not a choice of rows; a model by its name, since its path is this machine's."""
+    return {
         key: Path(value).name if key == "model" else value
         for key, value in vars(arguments).items()
         if key not in ("output", "keep") and not (isinstance(value, list) and isinstance(value[0], str))
     }
-    rows = [row | {"settings": settings} for row in rows]
-    if arguments.keep and path.exists():
-        before = json.loads(path.read_text())
-        if before["machine"] != machine:
-            raise SystemExit(
-                f"{path} was measured on {before['machine']} and this is {machine}: give another --output, or leave "
-                "out --keep to measure all of it anew."
-            )
-        measured = {tuple(row.get(name) for name in names) for row in rows}
-        rows = [row for row in before["rows"] if tuple(row.get(name) for name in names) not in measured] + rows
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(row, default=str, ensure_ascii=False) for row in rows)  # one for each row
-    path.write_text(f'{{"machine": {json.dumps(machine)},\n"rows": [\n{lines}\n]}}\n')

@@ -44,8 +44,8 @@ def add_experts(
     """Add `Σ_k weights[t, k] · B_e A_e x[t]`, e = experts[t, k], to out[t].
 
     Differentiable once, for everything but `experts`; a second time is a NotImplementedError. Kept for backward: x, a,
-    b, and per slot r numbers and two indices. Loads are read to the host: torch.compile breaks its graph here, and
-    devices other than the CPU wait.
+    b, weights, and per slot r numbers and two indices. Loads are read to the host: torch.compile breaks its graph here,
+    and devices other than the CPU wait.
 
     Args:
         out: (..., out), any leading axes, the same in x, weights and experts.
@@ -274,15 +274,16 @@ class _AddExperts(torch.autograd.Function):
         z = _project(flat_x, a, r, tokens=tokens, groups=groups)
         _add_outputs(flat_out, z * slot_weights, b, tokens=tokens, groups=groups)
 
-        _, need_x, need_a, need_b, need_weights = ctx.needs_input_grad[:5]
+        need_a, need_b, need_weights = ctx.needs_input_grad[2:5]
         ctx.save_for_backward(
             x if need_a else None,
-            a if need_x else None,
+            a,
             b,
             z if need_b or need_weights else None,
             slot_weights,
             tokens,
             slot_of_pair,
+            weights,  # for what depends on them, if somebody asks for a second derivative
         )
         ctx.groups, ctx.r, ctx.x, ctx.weights = groups, r, (x.shape, x.dtype), (weights.shape, weights.dtype)
         return out
@@ -293,13 +294,14 @@ class _AddExperts(torch.autograd.Function):
             of_out, *gradients = _AddExperts._gradients(ctx, g)
         if not torch.is_grad_enabled():
             return of_out, *gradients
+        sources = [g, *(tensor for tensor in ctx.saved_tensors if tensor is not None)]
         given = [gradient for gradient in gradients if gradient is not None]
-        once = iter(_Once.apply(torch.zeros((), requires_grad=True), *given))
+        once = iter(_Once.apply(len(sources), *sources, *given))
         return of_out, *(None if gradient is None else next(once) for gradient in gradients)
 
     @staticmethod
     def _gradients(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, a, b, z, slot_weights, tokens, slot_of_pair = ctx.saved_tensors
+        x, a, b, z, slot_weights, tokens, slot_of_pair, _ = ctx.saved_tensors
         need_out, need_x, need_a, need_b, need_weights = ctx.needs_input_grad[:5]
         where = {"tokens": tokens, "groups": ctx.groups}
         gx = ga = gb = gw = None
@@ -324,11 +326,11 @@ class _AddExperts(torch.autograd.Function):
 
 
 class _Once(torch.autograd.Function):
-    """Gradients as they are, which have no derivative of their own."""
+    """Gradients as they are, which have no derivative by what they were made of; all that was kept leads here."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(gradient.view_as(gradient) for gradient in gradients)
+    def forward(ctx: Any, sources: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(gradient.view_as(gradient) for gradient in tensors[sources:])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

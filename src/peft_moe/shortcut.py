@@ -49,7 +49,8 @@ class Shortcut:
         self.device = base.weight.device.type
         least = least_to_dispatch(bank, router, self.a.dtype)  # from there on another way is faster
         self.most = math.inf if least is None else least * base.in_features
-        self.choice = Choice(router, bank) if isinstance(router, TokenRouter) else None
+        self.kind = type(router)
+        self.choice = Choice(router, bank) if type(router) is TokenRouter else None  # a subclass may choose otherwise
         read: list[Any] = [base, bank.lora_A, bank.lora_B]  # instead of being called
         read += [router.gate] if isinstance(router, TokenRouter) else []
         passed = [*read, bank, bank.dropout] if router is None else [*read, bank, bank.dropout, router]
@@ -88,6 +89,8 @@ class Shortcut:
             return None
         if isinstance(router, TokenRouter) and not kernels.is_bare(router.gate, TokenGate):
             return None
+        if router is not None and not kernels.is_unseen(router):  # for as long as somebody looks, nothing is dispatched
+            return None
         return cls(layer, adapters[0], base)
 
     def fits(self, layer: MoeLinear, x: torch.Tensor) -> bool:
@@ -102,6 +105,7 @@ class Shortcut:
             or torch._C._get_tracing_state()
             or forward_ad._current_level >= 0
             or not kernels.fused
+            or type(self.router) is not self.kind
             or layer._disable_adapters
             or layer.merged_adapters
             or layer._active_adapter != self.active
