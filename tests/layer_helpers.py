@@ -67,6 +67,18 @@ def net(adapter, *, conv=False, with_bias=True, dtype=torch.float32, adapter_dty
     return model.train()
 
 
+def count_calls(monkeypatch, module, name):
+    """A list that has an entry for each call from now on: whether it had a gradient."""
+    calls, function = [], getattr(module, name)
+
+    def counted(*args, **kwargs):
+        calls.append(torch.is_grad_enabled())
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+
 def result(model, x, *, told=None, loss=False, x_frozen=False, seed=5):
     """Output and gradients by name."""
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(not x_frozen)

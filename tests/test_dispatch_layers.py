@@ -8,7 +8,7 @@ import contextlib
 import pytest
 import torch
 from helpers import plain, routed_layers
-from layer_helpers import IN, TYPES, assert_as_plain, compare, net, result
+from layer_helpers import IN, TYPES, assert_as_plain, compare, count_calls, net, result
 from torch.utils.checkpoint import checkpoint
 
 from peft_moe import MoLoraConfig, dispatch, kernels
@@ -32,14 +32,7 @@ X = (4, 64, IN)
 @pytest.fixture
 def dispatched(monkeypatch):
     """A list with an entry for each addition of dispatched tokens."""
-    calls, add = [], dispatch.add_experts
-
-    def counted(*args, **kwargs):
-        calls.append(torch.is_grad_enabled())
-        return add(*args, **kwargs)
-
-    monkeypatch.setattr(dispatch, "add_experts", counted)
-    return calls
+    return count_calls(monkeypatch, dispatch, "add_experts")
 
 
 def inputs(*shape, dtype=torch.float32):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import plain, routed, routed_layers
 from kinds import KINDS, config_of
-from layer_helpers import ADAPTERS, COMMON, IN, OUT, TYPES, Net, assert_as_plain, compare, net, result
+from layer_helpers import ADAPTERS, COMMON, IN, OUT, TYPES, Net, assert_as_plain, compare, count_calls, net, result
 from peft import LoraConfig, get_peft_model
 from quantised_helpers import CONFIGS, quantised, save_base
 from quantised_helpers import told as told_of_quantised
@@ -165,14 +165,7 @@ FEW = ["moelora", "moelora-one", "molora", "medmoe"]
 @pytest.fixture
 def used(monkeypatch):
     """A list with an entry for each addition on the kernels."""
-    calls, add = [], kernels.add
-
-    def counted(*args, **kwargs):
-        calls.append(torch.is_grad_enabled())
-        return add(*args, **kwargs)
-
-    monkeypatch.setattr(kernels, "add", counted)
-    return calls
+    return count_calls(monkeypatch, kernels, "add")
 
 
 TOLD = {
