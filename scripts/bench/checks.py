@@ -134,7 +134,7 @@ def refuses_a_second(function: Callable[..., torch.Tensor], inputs: list[torch.T
     """Whether a second derivative is an error."""
     gradients = torch.autograd.grad(function(*inputs).square().sum(), inputs, create_graph=True)
     try:
-        sum(gradient.square().sum() for gradient in gradients).backward()  # type: ignore[union-attr]
+        torch.stack([gradient.square().sum() for gradient in gradients]).sum().backward()
     except NotImplementedError:
         return True
     finally:

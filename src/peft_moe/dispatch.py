@@ -283,9 +283,9 @@ class _AddExperts(torch.autograd.Function):
             slot_weights,
             tokens,
             slot_of_pair,
-            weights,  # for what depends on them, if somebody asks for a second derivative
+            weights,
         )
-        ctx.groups, ctx.r, ctx.x, ctx.weights = groups, r, (x.shape, x.dtype), (weights.shape, weights.dtype)
+        ctx.groups, ctx.r, ctx.x = groups, r, (x.shape, x.dtype)
         return out
 
     @staticmethod
@@ -301,7 +301,7 @@ class _AddExperts(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, a, b, z, slot_weights, tokens, slot_of_pair, _ = ctx.saved_tensors
+        x, a, b, z, slot_weights, tokens, slot_of_pair, weights = ctx.saved_tensors
         need_out, need_x, need_a, need_b, need_weights = ctx.needs_input_grad[:5]
         where = {"tokens": tokens, "groups": ctx.groups}
         gx = ga = gb = gw = None
@@ -311,9 +311,8 @@ class _AddExperts(torch.autograd.Function):
         h = z * slot_weights if need_b else None
         gh, gb = _gradients_of_h_and_b(g.reshape(-1, g.shape[-1]), h, b, ctx.r, **where)
         if need_weights:
-            shape, dtype = ctx.weights
             gw = torch.sum(gh * z, -1, dtype=torch.promote_types(z.dtype, torch.float32))
-            gw = gw.index_select(0, slot_of_pair).view(shape).to(dtype)
+            gw = gw.index_select(0, slot_of_pair).view(weights.shape).to(weights.dtype)
         gz = gh.mul_(slot_weights)
         if need_a:
             ga = _gradient_of_a(gz, x.reshape(-1, x.shape[-1]), b.shape[1], **where)
