@@ -7,7 +7,7 @@ import one
 import pytest
 import run as command
 import store as files
-from grid import all_runs, forecast, is_kept, next_runs
+from grid import LOWER, all_runs, forecast, is_kept, next_runs
 from plan import Run, search
 from rows import make_fewer, make_unequal, sizes
 from setups import ROOT, full, quick
@@ -78,7 +78,7 @@ def test_finals_have_the_best_rate_and_other_seeds_and_only_they_read_test():
     for r in runs:
         assert (r.split, r.seed) == ("dev", 0) if r.purpose == "search" else r.split == "test" and r.seed != 0
         if r.purpose == "final" and r.learning_rate:
-            assert r.learning_rate == HIGH
+            assert r.learning_rate == (LOW if r.system.endswith(LOWER) else HIGH)
     of_moelora = [r.learning_rate for r in runs if r.system == "moelora" and r.purpose == "search"]
     assert of_moelora == [*RATES, 1e-2] * 2  # both protocols have a search of their own
 
@@ -98,7 +98,7 @@ def test_the_experiment_of_the_page_is_cut_where_it_says():
         if r.trains:
             assert r.settings["dataset"] == other.get(r.experiment, full().train_data)
     seeds = {r.experiment: {x.seed for x in runs if x.experiment == r.experiment} - {None, 0} for r in runs}
-    assert {name for name, found in seeds.items() if found == {1, 2, 3}} == {"main", "ablations", "composite"}
+    assert {name for name, found in seeds.items() if found == {1, 2, 3}} == {"main", "longer", "ablations"}
     assert {r.scored[0] for r in runs if r.experiment == "held_out"} == {"icd_chronic", "rad_modality", "def_system"}
 
 
@@ -135,7 +135,7 @@ def test_the_settings_of_every_system_are_flags_of_train_py_and_make_a_config():
         )
         assert args.learning_rate == r.learning_rate
         assert data.train_tasks == r.settings.get("train_tasks")
-        if r.system == "molora-k1":
+        if r.system.startswith("molora-k1"):
             with pytest.warns(UserWarning, match="top_k=1"):
                 adapter.config(["a", "b"])
         else:
@@ -159,9 +159,19 @@ def test_choosing_runs_takes_what_they_need_too():
     assert {r.system for r in searches} == {"lora-r16", "lora-per-task", "at_moe"}
     assert len(searches) == 9
     of_rank = command.chooser(None, ["rank"])(runs)
-    assert len([r for r in of_rank if r.experiment == "rank"]) == 15
+    assert len([r for r in of_rank if r.experiment == "rank"]) == 21
     assert {r.system for r in of_rank if r.experiment != "rank"} == {"lora-r16", "moelora", "molora"}
     assert command.chooser(["nothing"], None)(runs) == []
+
+
+def test_a_lower_rate_is_the_next_one_of_the_search_or_a_third():
+    for setup, rate in ((full(), LOW), (quick(), 3e-4), (replace(quick(), beyond=((), ())), 1e-3 / 3)):
+        by_system = {r.system: r for r in forecast(setup, {})}
+        lower = {name: r for name, r in by_system.items() if name.endswith(LOWER)}
+        assert len(lower) == 4
+        for name, r in lower.items():
+            twin = by_system[name.removesuffix(LOWER)]
+            assert r.settings == {**twin.settings, "learning_rate": rate}
 
 
 def test_a_run_comes_back_from_json():

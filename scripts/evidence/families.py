@@ -1,7 +1,10 @@
-"""The comparisons that the page makes, and the families in which their p-values are corrected: fixed before any result.
+"""The comparisons that the page makes, and the families in which their p-values are corrected, fixed in advance.
+
+What was changed when some results were there is said on the page.
 
 1. The mean score of each method against the LoRA with its parameters, a family for each protocol.
 2. The same by task, a family for each protocol.
+   Of both, methods with fewer than `SEEDS` planned runs are left out: bare, that is all but MOELoRA.
 3. Each ablation against the method it changes, and each method with equal gates at test time against itself with its
    own; mean score, instruction protocol.
 
@@ -10,23 +13,23 @@ p = 1, so that a verdict on some of the runs is no easier than one on all of the
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from grid import ABLATIONS
+from grid import ABLATIONS, LONGER
 from records import AT_EQUAL_GATES
 from stats import Comparison, Estimate, Study
 from verdicts import judge
 
-# The LoRA with the parameters of all experts. AT-MoE's nine of rank 16 are trained before its router, and count.
+SEEDS = 3  # that a verdict needs
+# The LoRA with the parameters of all experts. AT-MoE's nine of rank 16 are trained before its router, and count; as it
+# has read each row three times in all, so has its LoRA.
 MATCHED = {
     "moelora": "lora-r16",
     "molora": "lora-like-molora-parameters",
     "medmoelora": "lora-like-medmoelora-parameters",
-    "at_moe": "lora-like-at_moe-active",
+    "at_moe": "lora-like-at_moe-passes",
 }
-# The second baseline, where it is another LoRA. The others have all their experts at work.
-MATCHED_ACTIVE = {"molora": "lora-like-molora-active"}
 NOT_RUN = Comparison(Estimate(0.0, -1.0, 1.0, 1.0, 2.0, [], "nothing"), 1.0, 1.0)  # its place in a family
 
 
@@ -39,9 +42,35 @@ class Pair:
     target: str = "mean"
 
 
-def of_methods(targets: Iterable[str] = ("mean",)) -> list[Pair]:
-    """Each method against the LoRA with its parameters."""
-    return [Pair(name, other, target) for target in targets for name, other in MATCHED.items()]
+# Comparisons without a verdict: the LoRA of the same active rank or of one pass, where it is another one; a LoRA that
+# is told the task; what was trained for longer.
+BESIDE = (
+    Pair("molora", "lora-like-molora-active"),
+    Pair("at_moe", "lora-like-at_moe-active"),
+    Pair("moelora", "lora-per-task"),
+    Pair("at_moe", "lora-per-task"),
+)
+BESIDE_LONGER = (
+    Pair("moelora-longer", "lora-r16-longer"),
+    Pair("molora-longer", "lora-like-molora-parameters-longer"),
+    *(Pair(name, system) for name, (system, _) in LONGER.items()),
+)
+
+
+def of_methods(planned: Mapping[str, int], targets: Iterable[str] = ("mean",)) -> list[Pair]:
+    """Each method against the LoRA with its parameters, where both have enough seeds for a verdict.
+
+    Args:
+        planned: runs by system.
+        targets: tasks, or "mean".
+    """
+    pairs = [Pair(*pair) for pair in MATCHED.items() if min(planned.get(name, 0) for name in pair) >= SEEDS]
+    return [replace(pair, target=target) for target in targets for pair in pairs]
+
+
+def of_others(planned: Mapping[str, int]) -> list[Pair]:
+    """The comparisons without a verdict, of systems that are planned with the same seeds."""
+    return [pair for pair in BESIDE if planned.get(pair.name, 0) == planned.get(pair.other, -1)]
 
 
 def of_ablations() -> list[Pair]:

@@ -24,7 +24,8 @@ MEDMOELORA: Flags = {  # as recipes/medmoelora.yaml
 AT_MOE: Flags = {"method": "at_moe", "router_input": "token"}  # and the experts, see experts_of
 
 # MOELoRA of rank 16 has the parameters (but for its gate) and the active rank of lora-r16. Med-MoE-LoRA has all its
-# experts at work, and AT-MoE nine of rank 16, so that each has one LoRA of the same size by either measure.
+# experts at work, and AT-MoE nine of rank 16, so that each has one LoRA of the same size by either measure. AT-MoE has
+# read every row three times when it is done: for its task's expert, for the general one, and for its router.
 SYSTEMS: dict[str, Flags] = {
     "lora-r16": LORA,
     "lora-per-task": LORA | {"per_device_train_batch_size": 2},  # 63 steps an adapter; 8 would be 16 steps
@@ -32,6 +33,7 @@ SYSTEMS: dict[str, Flags] = {
     "lora-like-molora-active": MOLORA | {"match_lora": "active"},
     "lora-like-medmoelora-parameters": MEDMOELORA | {"match_lora": "parameters"},
     "lora-like-at_moe-active": LORA | {"r": 144, "lora_alpha": 288},
+    "lora-like-at_moe-passes": LORA | {"r": 144, "lora_alpha": 288, "num_train_epochs": 3},
     "moelora": MOELORA,
     "molora": MOLORA,
     "medmoelora": MEDMOELORA,
@@ -53,12 +55,19 @@ ABLATIONS: Changes = {
     "medmoelora-uniform-schedule": ("medmoelora", {"expert_schedule": "uniform", "num_experts": 4}),
     "medmoelora-descending": ("medmoelora", {"expert_schedule": "descending"}),
     "medmoelora-no-base-expert": ("medmoelora", {"adapter_options": '{"num_base_experts": 0}'}),
+    "medmoelora-no-balance-loss": ("medmoelora", {"balance_loss": "none"}),
     "at_moe-flat": ("at_moe", {"flat_routing": True}),
 }
+# Whether what was found after one epoch holds after three.
+LONGER: Changes = {
+    f"{system}-longer": (system, {"num_train_epochs": 3})
+    for system in ("lora-r16", "lora-like-molora-parameters", "moelora", "molora")
+}
 # The balance loss of the recipe is no more than 0.0025 of a loss: without it little can change, so a strong one too.
+# With K = 1 nothing but a balance loss trains MoLoRA's router.
 VARIANTS: Changes = {
-    "medmoelora-no-balance-loss": ("medmoelora", {"balance_loss": "none"}),
     "medmoelora-strong-balance-loss": ("medmoelora", {"balance_coefficient": 1.0}),
+    "molora-k1-switch": ("molora", {"top_k": 1, "balance_loss": "switch"}),
     "molora-attention-too": ("molora", {"num_experts_pattern": "{}"}),
 }
 # MOELoRA's experts share rank 32 here, since rank 16 does not split over 32 experts. Its gates are about 1 / N, and the
@@ -73,6 +82,10 @@ RANKS: Changes = {
     **{f"moelora-r{r}": ("moelora", {"r": r, "lora_alpha": 2 * r}) for r in (8, 64)},
     "molora-r4": ("molora", {"r": 4, "lora_alpha": 8}),
 }
+# The largest of both sweeps may need a lower rate than the system that they change: once more at the next lower one.
+LOWER = "-lower-rate"
+NUMBERS |= {f"{name}{LOWER}": NUMBERS[name] for name in ("moelora-r32-n32", "molora-n32")}
+RANKS |= {f"{name}{LOWER}": RANKS[name] for name in ("lora-r64", "moelora-r64")}
 STRATEGIES = ("proportional", "uniform")
 
 
@@ -114,10 +127,13 @@ def is_kept(run: Run) -> bool:
 
 
 def main(setup: Setup, done: Scores) -> Iterator[Run]:
-    """Every system in both protocols: the search of its rate, then final runs."""
+    """Every system in both protocols: the search of its rate, then final runs.
+
+    Bare, one LoRA stands for all that are not told the task, whatever their size.
+    """
     for protocol in setup.protocols:
         yield base(setup, protocol, "main", setup.data, ("general",) if protocol == "instruction" else ())
-        for system in SYSTEMS:
+        for system in (name for name in SYSTEMS if protocol != "bare" or not name.startswith("lora-like")):
             rates, chosen = searched(setup, done, protocol, system)
             runs = [(rate, 0, "search") for rate in rates]
             seeds = setup.seeds_of("untold" if untold(protocol, system) else "main")
@@ -140,7 +156,8 @@ def measured(system: str, protocol: str) -> tuple[str, ...]:
     General knowledge is asked of one adapter for all tasks, after training with instructions. Bare, equal gates are
     asked of the one method that is told the task.
     """
-    general = ("general",) if protocol == "instruction" and system not in (PER_TASK, "lora-like-molora-active") else ()
+    asked = protocol == "instruction" and system != PER_TASK and not system.endswith("-active")
+    general = ("general",) if asked else ()
     if system.startswith("lora"):
         return general
     return (("uniform",) if protocol == "instruction" or system in TOLD else ()) + ("routing", *general)
@@ -188,8 +205,10 @@ def follows(setup: Setup, protocol: str, system: str, *, own: bool = True) -> tu
 def changed(
     setup: Setup, done: Scores, experiment: str, name: str, system: str, changes: Mapping[str, Any], **fields: Any
 ) -> Iterator[Run]:
-    """Final runs of a changed system, with the rate that the system has in the instruction protocol."""
+    """Final runs of a changed system, with the rate that the system has in the instruction protocol, or the next."""
     rate = searched(setup, done, "instruction", system)[1]
+    if rate and name.endswith(LOWER):
+        rate = max((lower for lower in setup.all_rates if lower < rate), default=rate / 3)
     for seed in setup.seeds_of(experiment) if rate else ():
         found = flags_of(setup, done, system, SYSTEMS[system], "instruction", seed)
         if found is not None:
@@ -224,7 +243,7 @@ def held_out(setup: Setup, done: Scores) -> Iterator[Run]:
     MOELoRA has no id for it. It is told all its tasks at once, for which its config takes the mean of their embeddings,
     and asked again with equal gates, which is the record's "uniform".
     """
-    for system in ("lora-r16", "moelora", "molora"):
+    for system in ("lora-r16", "moelora"):
         for task in setup.held_out or setup.tasks:
             change = {"train_tasks": [other for other in setup.tasks if other != task]}
             measure = ("uniform",) if system == "moelora" else ()
@@ -253,6 +272,7 @@ def composite(setup: Setup, done: Scores) -> Iterator[Run]:
 
 EXPERIMENTS: dict[str, Callable[[Setup, Scores], Iterator[Run]]] = {
     "main": main,
+    "longer": changes_of("longer", LONGER),
     "ablations": changes_of("ablations", ABLATIONS),
     "composite": composite,
     "held_out": held_out,

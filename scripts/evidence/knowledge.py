@@ -79,6 +79,7 @@ def routing(records: Sequence[Mapping[str, Any]], groups: Mapping[str, str], row
     by_layer = np.mean([each["mutual_information"] for each in measured], axis=0)
     within = {group: float(np.mean([each["within"][group] for each in measured])) for group in measured[0]["within"]}
     tasks, counts = len(found[0]["tasks"]), found[0]["counts"]
+    clearest = int(np.argmax(measured[0]["mutual_information"]))
     return {
         "seeds": len(found),
         "experts": [min(counts), max(counts)],
@@ -93,6 +94,11 @@ def routing(records: Sequence[Mapping[str, Any]], groups: Mapping[str, str], row
         "diversity": float(np.mean([each["diversity"] for each in measured])),
         "bias_bound": mean(bias_bound(tasks, count, rows) for count in counts),
         "by_depth": by_depth(found[0]["names"], by_layer.tolist()),
+        "clearest": {  # of one seed, since experts have no order that seeds share
+            "gate": found[0]["names"][clearest],
+            "tasks": found[0]["tasks"],
+            "weights": [weights[: counts[clearest]] for weights in found[0]["layers"][clearest]],
+        },
     }
 
 

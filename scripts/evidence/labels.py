@@ -1,6 +1,6 @@
 """What the page calls the systems."""
 
-from grid import ABLATIONS, ASKED_AGAIN, NUMBERS, RANKS, STRATEGIES, SYSTEMS, VARIANTS
+from grid import ABLATIONS, ASKED_AGAIN, LONGER, LOWER, NUMBERS, RANKS, STRATEGIES, SYSTEMS, VARIANTS
 from records import AT_EQUAL_GATES
 from setups import Setup
 
@@ -11,7 +11,8 @@ NAMES = {
     "lora-like-molora-parameters": "LoRA, parameters of MoLoRA",
     "lora-like-molora-active": "LoRA, active rank of MoLoRA",
     "lora-like-medmoelora-parameters": "LoRA, parameters of Med-MoE-LoRA",
-    "lora-like-at_moe-active": "LoRA, rank 144, as AT-MoE's nine",
+    "lora-like-at_moe-active": "LoRA, rank 144, one epoch",
+    "lora-like-at_moe-passes": "LoRA, rank 144, three epochs",
     "moelora": "MOELoRA",
     "molora": "MoLoRA",
     "medmoelora": "Med-MoE-LoRA",
@@ -21,6 +22,7 @@ ABLATED = {
     "moelora-equal-gates": "MOELoRA, trained with equal gates",
     "moelora-gate-per-layer": "MOELoRA, a gate per layer",
     "molora-k1": "MoLoRA, K = 1",
+    "molora-k1-switch": "MoLoRA, K = 1, with a balance loss",
     "molora-k3": "MoLoRA, K = 3",
     "molora-attention-too": "MoLoRA, experts in attention too",
     "medmoelora-uniform-schedule": "Med-MoE-LoRA, uniform schedule",
@@ -45,10 +47,12 @@ def labels(setup: Setup) -> dict[str, str]:
     for name, (system, change) in (NUMBERS | RANKS).items():
         parts = [f"rank {change['r']}"] if "r" in change else []
         parts += [f"{change['num_experts']} experts"] if "num_experts" in change else []
+        parts += ["next lower rate"] if name.endswith(LOWER) else []
         found[name] = ", ".join([NAMES[system].partition(",")[0], *parts])
+    found |= {name: f"{NAMES[system]}, three epochs" for name, (system, _) in LONGER.items()}
     for system in ("lora-r16", "moelora"):
         found |= {f"{system}-sampled-{strategy}": f"{NAMES[system]}, {strategy}" for strategy in STRATEGIES}
-    for system in ("lora-r16", "moelora", "molora"):
+    for system in ("lora-r16", "moelora"):
         found |= {f"{system}-without-{task}": f"{NAMES[system]}, without {task}" for task in setup.tasks}
     for system in ASKED_AGAIN:
         found[f"{system}-of-single-tasks"] = f"{NAMES[system]}, trained on single tasks"

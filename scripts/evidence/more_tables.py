@@ -4,7 +4,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from cells import NONE, NOT_RUN, difference, millions, number, of_runs, score, signed, table
-from page_tables import Results, active_rank, by_task, family, gates, provenance, scores, setup, state, summary
+from page_tables import (
+    Results,
+    beside,
+    by_task,
+    constant,
+    family,
+    gates,
+    longer,
+    provenance,
+    scores,
+    setup,
+    state,
+    summary,
+    without_one_task,
+)
 
 
 def searches(found: Results) -> str:
@@ -109,12 +123,33 @@ def sweep(experiment: str, *first: str) -> Any:
             value = score(entry["targets"]["mean"] if entry["targets"] else None)
             bits = found["routing"]["instruction"].get(name)
             told = number(bits["mutual_information"]["mean"], ".2f") if bits else NONE
-            rows.append(
-                [found["labels"][name], value, of_runs(entry), millions(stages["trainable"]) if stages else NONE, told]
-            )
-        return table(["system", "mean score", "seeds", "trained", "bits"], rows)
+            size = millions(stages["trainable"]) if stages else NONE
+            rate = number(entry.get("learning_rate"), "g")
+            rows.append([found["labels"][name], value, of_runs(entry), rate, size, told])
+        return table(["system", "mean score", "seeds", "rate", "trained", "bits"], rows)
 
     return made
+
+
+def costs(found: Results) -> str:
+    """Time of choosing experts for a task, a prompt or a token, beside a stock LoRA."""
+    steps = {"train": "training step", "prefill": "prefill", "generate_1": "generate, 1 row", "generate_8": "8 rows"}
+    rows = [
+        [label, chosen, *(number(found["costs"].get(method, {}).get(step), ".2f") for step in steps)]
+        for method, (label, chosen) in CHOSEN.items()
+    ]
+    return table(["time, LoRA of the same rank = 1", "experts are chosen", *steps.values()], rows)
+
+
+CHOSEN = {
+    "moelora_one_task": ("MOELoRA, rows of one task", "once for a task"),
+    "moelora": ("MOELoRA, rows of different tasks", "once for a task"),
+    "at_moe_prompt": ("AT-MoE, routed by prompt", "once for a prompt"),
+    "at_moe": ("AT-MoE", "for each token"),
+    "molora": ("MoLoRA", "for each token"),
+    "medmoelora": ("Med-MoE-LoRA", "for each token"),
+    "lora": ("stock LoRA again", NONE),
+}
 
 
 def unstable(found: Results) -> str:
@@ -152,7 +187,11 @@ TABLES = {
     "tasks-instruction": by_task("instruction"),
     "tasks-bare": by_task("bare"),
     "methods": family("instruction: mean", "bare: mean"),
-    "active": active_rank,
+    "without-one-task": without_one_task,
+    "constant": constant,
+    "beside": beside,
+    "longer-scores": scores("instruction", "longer"),
+    "longer": longer,
     "methods-by-task-instruction": family("instruction: tasks"),
     "methods-by-task-bare": family("bare: tasks"),
     "ablations": family("ablations"),
@@ -160,6 +199,7 @@ TABLES = {
     "general": general,
     "choices": choices,
     "gates": gates,
+    "costs": costs,
     "composite": composite,
     "held-out": held_out,
     "experts": sweep("experts", "moelora", "molora"),

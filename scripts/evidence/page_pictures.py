@@ -23,7 +23,8 @@ STYLES = {  # colour and marker: methods in colours, stock LoRAs in greys
     "lora-like-molora-parameters": ("0.5", "s"),
     "lora-like-molora-active": ("0.5", "v"),
     "lora-like-medmoelora-parameters": ("0.5", "^"),
-    "lora-like-at_moe-active": ("0.5", "D"),
+    "lora-like-at_moe-active": ("0.5", "d"),
+    "lora-like-at_moe-passes": ("0.5", "D"),
     "moelora": ("#0072B2", "o"),
     "molora": ("#D55E00", "s"),
     "medmoelora": ("#009E73", "^"),
@@ -151,6 +152,24 @@ def of_information(found: Results) -> Figure | None:
     return figure
 
 
+def of_experts(found: Results) -> Figure | None:
+    """Mean weights of experts by task, of each method's gate that tells most about the task."""
+    routed = {name: found["routing"]["instruction"].get(name) for name in METHODS}
+    there = {name: each["clearest"] for name, each in routed.items() if each}
+    if not there:
+        return None
+    size = (WIDTH, 2.9 * len(there))
+    figure, axes = plt.subplots(len(there), 1, figsize=size, squeeze=False, layout="constrained")
+    for axis, (name, each) in zip(axes[:, 0], there.items(), strict=True):
+        image = axis.imshow(each["weights"], vmin=0, cmap="cividis", aspect="auto")
+        figure.colorbar(image, ax=axis)
+        axis.set_title(f"{found['labels'][name]}: {each['gate']}", fontsize="small", loc="left")
+        axis.set_yticks(range(len(each["tasks"])), each["tasks"], fontsize="small")
+        axis.set_xticks(range(len(each["weights"][0])))
+    axes[-1, 0].set_xlabel("expert")
+    return figure
+
+
 def stacked(panels: Mapping[str, Any], height: float, y: str, x: str) -> tuple[Figure, list[Axes]]:
     """Panels one below the other, with their names."""
     size = (WIDTH, height * len(panels))
@@ -231,6 +250,7 @@ PICTURES: dict[str, Callable[[Results], Figure | None]] = {
     "rates": of_rates,
     "parameters": of_parameters,
     "information": of_information,
+    "experts": of_experts,
     "general": of_general,
 }
 WORDS = {
@@ -239,5 +259,6 @@ WORDS = {
     "rates": "Scores on dev by learning rate",
     "parameters": "Mean score over trained parameters",
     "information": "Bits that experts tell about tasks, by block",
+    "experts": "Mean weights of experts by task, of each method's clearest gate",
     "general": "General knowledge after training beside the base model's",
 }

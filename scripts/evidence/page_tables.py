@@ -3,7 +3,20 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cells import NONE, NOT_RUN, difference, millions, minutes, number, of_runs, probability, score, table, verdict
+from cells import (
+    NONE,
+    NOT_RUN,
+    difference,
+    millions,
+    minutes,
+    number,
+    of_runs,
+    probability,
+    score,
+    signed,
+    table,
+    verdict,
+)
 
 Results = Mapping[str, Any]
 
@@ -67,6 +80,7 @@ def provenance(found: Results) -> str:
         ["commits (+: with changes)", ", ".join(f"`{each}`" for each in given["commits"])],
         ["versions", "; ".join(versions)],
         ["machines", "; ".join(machines)],
+        ["CPU hours of these runs", number(given["hours"], ".3f")],
     ]
     return table(["", ""], rows)
 
@@ -111,7 +125,10 @@ def by_task(protocol: str) -> Callable[[Results], str]:
     """Scores by task of the systems of the main experiment."""
 
     def made(found: Results) -> str:
-        rows = []
+        rows = [
+            [SIMPLE[name], *(number(scores[task]) for task in found["tasks"])]
+            for name, scores in found["simple"].items()
+        ]
         for name, entry in entries(found, protocol, "main").items():
             targets = entry["targets"]
             cells = [number(targets[task]["value"] if targets else None, missing=NOT_RUN) for task in found["tasks"]]
@@ -142,20 +159,50 @@ def family(*names: str) -> Callable[[Results], str]:
     return made
 
 
-def active_rank(found: Results) -> str:
-    """Methods beside the LoRA of their active rank."""
+def beside(found: Results) -> str:
+    """Comparisons of methods without a verdict."""
     rows = [
-        [
-            protocol,
-            found["labels"][each["name"]],
-            found["labels"][each["against"]],
-            difference(each["difference"]),
-            probability(each.get("p"), found["smallest_p"]),
-        ]
-        for protocol, comparisons in found["equal_active_rank"].items()
+        [protocol, *of_pair(found, each), of_runs(found["scores"][protocol][each["name"]])]
+        for protocol, comparisons in found["beside"].items()
         for each in comparisons
     ]
-    return table(["protocol", "method", "against", "difference", "p, not corrected"], rows)
+    return table(["protocol", "method", "against", "difference", "p, not corrected", "seeds"], rows)
+
+
+def longer(found: Results) -> str:
+    """Comparisons of what was trained for longer."""
+    rows = [of_pair(found, each) for each in found["longer"]]
+    return table(["what", "against", "difference", "p, not corrected"], rows)
+
+
+def of_pair(found: Results, each: Mapping[str, Any]) -> list[str]:
+    """The cells of a comparison without a verdict."""
+    names = [found["labels"][each[key]] for key in ("name", "against")]
+    return [*names, difference(each["difference"]), probability(each.get("p"), found["smallest_p"])]
+
+
+def without_one_task(found: Results) -> str:
+    """The difference of the means when any one of the tasks is left out."""
+    tasks, rows = list(found["tasks"]), []
+    for each in found["families"]["instruction: mean"]:
+        left, cells = found["without_one_task"].get(each["name"]), [NOT_RUN, *[NONE] * len(tasks)]
+        if left:
+            cells = [signed(value) for value in (each["difference"]["value"], *(left[task] for task in tasks))]
+        rows.append([found["labels"][each["name"]], *cells])
+    return table(["difference of the means", "of all tasks", *(f"without {task}" for task in tasks)], rows)
+
+
+def constant(found: Results) -> str:
+    """Runs that gave all rows of a task the same answer."""
+    rows = []
+    for protocol, systems in found["scores"].items():
+        for name, entry in systems.items():
+            told = ", ".join(f"{task} ({runs} of {entry['runs']})" for task, runs in entry.get("constant", {}).items())
+            if told and name != "base":
+                rows.append([f"{protocol}: {found['labels'][name]}", told])
+    if not rows:
+        return "No such run among those that are there."
+    return table(["system", "tasks, and in how many of its runs"], rows)
 
 
 def gates(found: Results) -> str:
@@ -197,6 +244,11 @@ def of_equal_gates(asked: Mapping[str, Any] | None, name: str) -> list[str]:
     return [score(asked["score"]), difference(asked["difference"])]
 
 
+SIMPLE = {
+    "most_common": "*most common answer*",
+    "nearest": "*answer of the nearest input, TF-IDF*",
+    "regression": "*logistic regression on TF-IDF*",
+}
 ROUTED = ("moelora", "molora", "medmoelora", "at_moe")
 
 

@@ -106,7 +106,7 @@ def searched(setup: Setup, done: Scores, protocol: str, system: str) -> tuple[li
     """The rates to try for a system in a protocol, and the chosen one, if it can be named now."""
     if protocol == "bare" and not setup.search_bare:
         return [], searched(setup, done, "instruction", system)[1]
-    ids = {rate: run_id(protocol, system, rate, 0) for rate in (*setup.rates, *setup.beyond[0], *setup.beyond[1])}
+    ids = {rate: run_id(protocol, system, rate, 0) for rate in setup.all_rates}
     return search(setup.rates, setup.beyond, {rate: done[ids[rate]] for rate in ids if ids[rate] in done})
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from grid import all_runs, forecast
 from plan import Run, searched
+from rows import prepare_composites
 from setups import ROOT, Setup
 from store import plain, read
 from tallies import Sheet, System, TaskRows, read_sheet, sheet_of, system_of_runs
@@ -19,7 +20,7 @@ from peft_moe.reading import read_task_info
 
 Record = dict[str, Any]
 # experiments whose finals answer all test rows
-TEST_ROWS = ("main", "ablations", "sampling", "variants", "experts", "rank")
+TEST_ROWS = ("main", "longer", "ablations", "sampling", "variants", "experts", "rank")
 AT_EQUAL_GATES = "{}, equal gates at test time"
 
 
@@ -147,15 +148,11 @@ class Records:
     def composite_sheet(self) -> Sheet:
         """The test rows that need two tasks at once.
 
-        They are made anew where they are not there, by the call that the runs made. An input can be in several pairs
+        They are made anew where they are not there, as for the runs. An input can be in several pairs
         of tasks, drawn without plan: so a stratum is here a group of tasks, of which inputs are drawn.
         """
-        folder = ROOT / self.setup.composite_data
-        if not folder.exists():
-            from make_composites import main
-
-            main(["--source", str(ROOT / self.setup.data), "--out", str(folder), *self.setup.composites])
-        rows, metrics = read_rows(folder)
+        prepare_composites(self.setup)
+        rows, metrics = read_rows(ROOT / self.setup.composite_data)
         return sheet_by_group(rows, metrics, self.setup)
 
 

@@ -1,22 +1,34 @@
 """All numbers of the page, from the records of runs: what docs/evidence/results.json holds."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from statistics import mean
 from typing import Any
 
-from families import MATCHED_ACTIVE, Pair, compare, counts, described, judged, of_ablations, of_methods
+from families import (
+    BESIDE_LONGER,
+    Pair,
+    compare,
+    counts,
+    described,
+    judged,
+    of_ablations,
+    of_methods,
+    of_others,
+)
 from grid import SYSTEMS
 from knowledge import general, routing
 from labels import labels
 from records import AT_EQUAL_GATES, TEST_ROWS, Finals, Record, Records, equal_gates, systems_of
 from setups import ROOT
+from simple import simple
 from stats import LEVEL, Study
-from tallies import System
+from tallies import Sheet, System
 from verdicts import POWER
 
 SMALLEST_P = 0.001  # smaller ones are shown as such
+COSTS = "docs/performance/avx2/model.json"
 MADE = "python scripts/evidence/page.py"
 Numbers = dict[str, Any]
 
@@ -36,16 +48,20 @@ def build(records: Records, *, draws: int = 10_000) -> Numbers:
     found["tasks"] = {task: {"group": groups[task], "metric": info[task]["metric"]} for task in groups}
     found["state"], found["unplanned"] = records.state(), records.unplanned
     found["searches"] = searches(records)
+    found["simple"] = simple(records.setup)
     studies = {protocol: main_study(records, protocol, draws) for protocol in records.setup.protocols}
     gates = {protocol: gate_study(records, protocol, draws) for protocol in records.setup.protocols}
-    found["scores"] = {name: scores(study, records.of(name, TEST_ROWS)) for name, study in studies.items()}
+    found["scores"] = {
+        name: scores(study, records.of(name, TEST_ROWS), records.sheet) for name, study in studies.items()
+    }
     found["unstable"] = {name: study.unstable if study else {} for name, study in studies.items()}
     found["families"] = families(records, studies, gates)
+    found["without_one_task"] = without_one_task(found["families"]["instruction: tasks"])
     found["counts"] = {name: counts(family) for name, family in found["families"].items()}
-    found["equal_active_rank"] = {
-        name: beside(records, name, study, [Pair(*pair) for pair in MATCHED_ACTIVE.items()])
-        for name, study in studies.items()
+    found["beside"] = {
+        name: beside(records, name, study, of_others(planned(records, name))) for name, study in studies.items()
     }
+    found["longer"] = beside(records, "instruction", studies["instruction"], BESIDE_LONGER)
     found["equal_gates"] = {name: at_equal_gates(study) for name, study in gates.items()}
     found["composite"] = composite(records, draws)
     found["held_out"] = held_out(records, draws)
@@ -56,8 +72,18 @@ def build(records: Records, *, draws: int = 10_000) -> Numbers:
         protocol: {name: routing(each.done, groups, rows) for name, each in records.of(protocol, TEST_ROWS).items()}
         for protocol in records.setup.protocols
     }
-    found["routing_rows"] = rows
+    found["routing_rows"], found["costs"] = rows, costs()
     return short(found)
+
+
+def costs() -> Numbers:
+    """Time beside a stock LoRA of the same rank, by method and step of a whole model, from scripts/bench."""
+    rows = json.loads((ROOT / COSTS).read_text(encoding="utf-8"))["rows"]
+    found: Numbers = {}
+    for row in rows:
+        if row["dtype"] == "fp32" and "ratios" in row:
+            found.setdefault(row["method"], {})[row["step"]] = row["ratios"]["total"]["median"]
+    return found
 
 
 def setup_of(records: Records) -> Numbers:
@@ -79,9 +105,10 @@ def setup_of(records: Records) -> Numbers:
 
 
 def provenance(records: Records) -> Numbers:
-    """Commits, versions and machines of the runs, each once."""
-    found: Numbers = {"commits": [], "versions": [], "machines": []}
+    """Commits, versions and machines of the runs, each once, and the CPU hours of all."""
+    found: Numbers = {"commits": [], "versions": [], "machines": [], "hours": 0.0}
     for record in (record for run_id, record in records.found.items() if run_id in records.runs):
+        found["hours"] += record["seconds"]["total_cpu"] / 3600
         for name, key in (("commits", "commit"), ("versions", "versions"), ("machines", "machine")):
             if record.get(key) is not None and record[key] not in found[name]:
                 found[name].append(record[key])
@@ -113,10 +140,10 @@ def study_of(systems: Mapping[str, System], draws: int) -> Study | None:
     return Study(systems, draws=draws) if systems else None
 
 
-def scores(study: Study | None, finals: Mapping[str, Finals]) -> Numbers:
+def scores(study: Study | None, finals: Mapping[str, Finals], sheet: Sheet) -> Numbers:
     """By system: seeds, sizes, times, and scores with intervals; `targets` is None where nothing has been run."""
     return {
-        name: described_runs(each) | {"targets": estimates(study, name) if study and each.done else None}
+        name: described_runs(each, sheet) | {"targets": estimates(study, name) if study and each.done else None}
         for name, each in finals.items()
     }
 
@@ -126,7 +153,7 @@ def estimates(study: Study, name: str) -> Numbers:
     return {target: asdict(estimate) for target, estimate in study.estimate(name).items()}
 
 
-def described_runs(finals: Finals) -> Numbers:
+def described_runs(finals: Finals, sheet: Sheet) -> Numbers:
     """What a system's runs say beside their scores. `all_stages` adds the runs whose adapters they start from."""
     found: Numbers = {"experiment": finals.experiment, "planned": len(finals.planned)}
     found |= {"runs": len(finals.done), "seeds": [record["seed"] for record in finals.done]}
@@ -137,6 +164,7 @@ def described_runs(finals: Finals) -> Numbers:
     return found | {
         "learning_rate": first["learning_rate"],
         "parameters": first["parameters"],
+        "constant": constant(finals.done, sheet),
         "answer_tokens": mean(record["answer_tokens"] / record["scores"]["mean"]["n"] for record in finals.done),
         "all_stages": {
             "trainable": first["parameters"]["trainable"]
@@ -151,13 +179,23 @@ def described_runs(finals: Finals) -> Numbers:
     }
 
 
+def constant(done: Sequence[Record], sheet: Sheet) -> dict[str, int]:
+    """By task, how many runs gave all of its rows the same answer; tasks without such a run are left out."""
+    found = {
+        name: sum(len({record["answers"][row] for row in task.rows}) == 1 for record in done)
+        for name, task in sheet.tasks.items()
+    }
+    return {name: runs for name, runs in found.items() if runs}
+
+
 def families(records: Records, studies: Mapping[str, Study | None], gates: Mapping[str, Study | None]) -> Numbers:
     """Verdicts, by family: see families.py."""
     found = {}
     for protocol, study in studies.items():
         complete = {name for name, each in records.of(protocol, TEST_ROWS).items() if each.complete}
-        found[f"{protocol}: mean"] = judged(compare(study, of_methods(), complete))
-        found[f"{protocol}: tasks"] = judged(compare(study, of_methods(records.setup.tasks), complete))
+        runs = planned(records, protocol)
+        found[f"{protocol}: mean"] = judged(compare(study, of_methods(runs), complete))
+        found[f"{protocol}: tasks"] = judged(compare(study, of_methods(runs, records.setup.tasks), complete))
         if protocol == "instruction":
             asked = gates[protocol]
             made = compare(study, of_ablations(), complete)
@@ -170,7 +208,24 @@ def families(records: Records, studies: Mapping[str, Study | None], gates: Mappi
     return found
 
 
-def beside(records: Records, protocol: str, study: Study | None, pairs: list[Pair]) -> list[Numbers]:
+def without_one_task(family: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """The difference of the means when a task is left out, by method and that task, from its differences by task."""
+    by_task: dict[str, dict[str, float]] = {}
+    for each in family:
+        if each["difference"] is not None:
+            by_task.setdefault(each["name"], {})[each["target"]] = each["difference"]["value"]
+    return {
+        name: {task: mean(value for other, value in values.items() if other != task) for task in values}
+        for name, values in by_task.items()
+    }
+
+
+def planned(records: Records, protocol: str) -> dict[str, int]:
+    """How many runs each system has in the plan."""
+    return {name: len(each.planned) for name, each in records.of(protocol, TEST_ROWS).items()}
+
+
+def beside(records: Records, protocol: str, study: Study | None, pairs: Iterable[Pair]) -> list[Numbers]:
     """Comparisons without verdicts."""
     complete = {name for name, each in records.of(protocol, TEST_ROWS).items() if each.complete}
     return [described(pair, comparison) for pair, comparison in compare(study, pairs, complete).items()]
@@ -190,9 +245,10 @@ def at_equal_gates(study: Study | None) -> Numbers:
 def composite(records: Records, draws: int) -> Numbers:
     """Scores on rows that need two tasks, and differences from the stock LoRA that was trained on the same rows."""
     finals = records.of("instruction", ("composite",))
-    systems = systems_of(records.composite_sheet, finals) if any(each.done for each in finals.values()) else {}
-    study = study_of(systems, draws)
-    found = scores(study, finals)
+    is_there = any(each.done for each in finals.values())
+    sheet = records.composite_sheet if is_there else records.sheet  # which is not made for nothing
+    study = study_of(systems_of(sheet, finals), draws)
+    found = scores(study, finals, sheet)
     for name, entry in found.items():
         other = f"lora-r16-{name.partition('-')[2]}"
         there = study is not None and other in finals and finals[name].complete and finals[other].complete

@@ -21,15 +21,20 @@ def prepare(setup: Setup) -> None:
     """Make the folders that are not there yet; the same setup makes the same files."""
     if setup.source and not Path(setup.model).exists():
         make_model(Path(setup.source), setup.model)
-    if setup.inputs is not None and not Path(setup.train_data).exists():
-        make_fewer(Path(setup.data), setup.train_data, setup.groups, setup.inputs)
     if not Path(setup.unequal_data).exists():
         make_unequal(Path(setup.data), setup.unequal_data, sizes(setup))
-    if not Path(setup.composite_data).exists():
+    prepare_composites(setup)
+
+
+def prepare_composites(setup: Setup) -> None:
+    """Make the rows that need two tasks at once, from the rows that all others are trained on."""
+    if setup.inputs is not None and not (ROOT / setup.train_data).exists():
+        make_fewer(ROOT / setup.data, str(ROOT / setup.train_data), setup.groups, setup.inputs)
+    if not (ROOT / setup.composite_data).exists():
         sys.path.append(str(ROOT / "scripts"))  # last: evaluate.py is there, whose name a library has
         from make_composites import main
 
-        main(["--source", setup.data, "--out", setup.composite_data, *setup.composites])
+        main(["--source", str(ROOT / setup.train_data), "--out", str(ROOT / setup.composite_data), *setup.composites])
 
 
 def make_model(source: Path, out: str) -> None:
@@ -69,7 +74,7 @@ def make_unequal(source: Path, out: str, keep: dict[str, int]) -> None:
         ValueError: a task has fewer rows than are to be kept.
     """
     rows: dict[str, list[Row]] = {}
-    there = read_train(source)
+    there = read_rows(source, "train")
     for row in there:
         rows.setdefault(row["task"], []).append(row)
     for task, number in keep.items():
@@ -85,22 +90,32 @@ def make_fewer(source: Path, out: str, groups: Mapping[str, Sequence[str]], inpu
     Raises:
         ValueError: a group has fewer inputs.
     """
+    copy(source, out, first_rows(read_rows(source, "train"), groups, inputs))
+
+
+def first_rows(rows: Sequence[Row], groups: Mapping[str, Sequence[str]], inputs: int | None) -> list[Row]:
+    """The rows of the first inputs of each group, in their order; all rows if `inputs` is None.
+
+    Raises:
+        ValueError: a group has fewer inputs.
+    """
+    if inputs is None:
+        return list(rows)
     group_of = {task: group for group, tasks in groups.items() for task in tasks}
     first: dict[str, list[str]] = {group: [] for group in groups}
-    there = read_train(source)
-    for row in there:
+    for row in rows:
         of_group = first[group_of[row["task"]]]
         if row["input"] not in of_group and len(of_group) < inputs:
             of_group.append(row["input"])
     for group, found in first.items():
         if len(found) < inputs:
-            raise ValueError(f"{inputs} inputs of {group} are to be kept, and {source} has {len(found)}.")
-    copy(source, out, [row for row in there if row["input"] in first[group_of[row["task"]]]])
+            raise ValueError(f"{inputs} inputs of {group} are to be kept, and there are {len(found)}.")
+    return [row for row in rows if row["input"] in first[group_of[row["task"]]]]
 
 
-def read_train(source: Path) -> list[Row]:
-    """The rows of train.jsonl, in their order."""
-    return [json.loads(line) for line in (source / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+def read_rows(source: Path, split: str) -> list[Row]:
+    """The rows of a split, in their order."""
+    return [json.loads(line) for line in (source / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def copy(source: Path, out: str, train: Sequence[Row]) -> None:

@@ -83,6 +83,11 @@ class Setup:
         return tuple(task for tasks in self.groups.values() for task in tasks)
 
     @property
+    def all_rates(self) -> tuple[float, ...]:
+        """Every learning rate that may be tried."""
+        return (*self.rates, *self.beyond[0], *self.beyond[1])
+
+    @property
     def train_data(self) -> str:
         """Folder of the rows for training; dev and test are those of `data`."""
         return self.data if self.inputs is None else f"{self.folder}/data/of-{self.inputs}-inputs"
@@ -112,7 +117,7 @@ def full() -> Setup:
     Training has half of the inputs, the bare protocol takes the other's rates, and what only looks around has one seed.
     """
     data, folder = "data/medmulti/mini", "runs/evidence"
-    once = dict.fromkeys(("held_out", "sampling", "variants", "experts", "rank", "untold"), (1,))
+    once = dict.fromkeys(("composite", "held_out", "sampling", "variants", "experts", "rank", "untold"), (1,))
     return Setup(
         f"{folder}/model",
         data,
