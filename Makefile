@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BENCH_OUT ?= runs/bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow conformance bench evidence docs quality style
+.PHONY: help demo test test-long test-slow conformance bench evidence docs quality style
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -14,7 +14,10 @@ demo: $(VENV)/.demo-stamp  ## train MOELoRA on a small real model, score, save, 
 	@$(BIN)/python scripts/demo.py $(DEMO_ARGS)
 
 test: $(VENV)/.test-stamp  ## the tests that take seconds
-	$(BIN)/python -m pytest -n 2 -m "not slow" $(TEST_ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not slow and not long" $(TEST_ARGS)
+
+test-long: $(VENV)/.test-stamp  ## those that take tens of seconds: other processes, compiling, the Python of README and docs
+	$(BIN)/python -m pytest -n 2 -m "long and not slow" $(TEST_ARGS)
 
 test-slow: $(VENV)/.test-stamp  ## every test
 	$(BIN)/python -m pytest -n 2 $(TEST_ARGS)

@@ -365,6 +365,7 @@ COMPILED = [("molora", compile_whole), ("medmoe", compile_whole), ("molora", com
 FEW = {"init_lora_weights": False, "target_modules": ["gate_proj"]}  # compiling takes seconds
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch looks at it itself
 @pytest.mark.parametrize(("kind", "compiled"), COMPILED)
 def test_a_compiled_model_has_no_graph_breaks_and_the_same_gradients(kind, compiled):
@@ -432,6 +433,7 @@ def two_processes(tmp_path_factory):
     return torch.load(folder / "found.pt")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("find_unused", [True, False])
 def test_under_ddp_the_gradient_is_the_mean_of_the_ranks_own(two_processes, find_unused):
     own = []

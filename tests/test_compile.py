@@ -47,6 +47,7 @@ def same(found, expected):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["training", "inference"])
 @pytest.mark.parametrize(
     "method",

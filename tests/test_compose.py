@@ -574,6 +574,7 @@ make_model("llama").push_to_hub("local/base")
 """
 
 
+@pytest.mark.long
 def test_experts_from_the_hub_are_of_the_revision_that_was_asked_for_and_note_their_commit(run_with_hub):
     done = run_with_hub(
         HUB
@@ -620,6 +621,7 @@ print("done")
     assert done.stdout.strip().endswith("done")
 
 
+@pytest.mark.long
 def test_what_is_wrong_on_the_hub_is_said_in_a_sentence(run_with_hub):
     done = run_with_hub(
         HUB

@@ -898,6 +898,7 @@ def test_a_folded_adapter_is_a_stock_lora_of_one_rank(folder, tmp_path):
     assert sorted(again.layers) == sorted(key.removesuffix(".lora_A.weight")[17:] for key in state_dict if "_A." in key)
 
 
+@pytest.mark.long
 def test_a_folded_adapter_loads_where_peft_moe_is_not_installed(folder, tmp_path):
     model, inputs = grouped("llama", folder), make_inputs("llama", labels=False)
     make_model("llama").save_pretrained(tmp_path / "base")

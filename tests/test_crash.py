@@ -23,6 +23,7 @@ def run(*arguments: object) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
 def test_a_kill_at_many_moments_leaves_the_old_adapter_or_the_new_and_a_checkpoint_to_go_on_from(tmp_path):
     assert run(tmp_path, 4, *WORK).count("killed") == 4 + 2 + 1

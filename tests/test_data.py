@@ -131,6 +131,7 @@ def test_task_info_is_found_beside_a_file_and_may_be_absent(tmp_path):
         read_task_info(str(tmp_path))
 
 
+@pytest.mark.long
 def test_a_hub_dataset_reads_like_the_folder_it_was_pushed_from(run_with_hub, tmp_path):
     write_data(tmp_path / "data")
     run_with_hub("""

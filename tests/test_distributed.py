@@ -104,6 +104,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_two_processes_have_the_losses_and_gradient_norms_of_one_and_save_its_adapter(folder, engine, method):
@@ -116,6 +117,7 @@ def test_two_processes_have_the_losses_and_gradient_norms_of_one_and_save_its_ad
     assert any(not torch.equal(last[key], earlier[key]) for key in last)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", SHOWN)
 def test_the_main_process_alone_says_what_the_routers_of_both_did(folder, method):
     def lines(of):
@@ -127,6 +129,7 @@ def test_the_main_process_alone_says_what_the_routers_of_both_did(folder, method
     assert len(lines(f"two/{method}-0.txt")) == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_what_two_processes_saved_loads_into_a_plain_model(folder, engine, method):
@@ -138,6 +141,7 @@ def test_what_two_processes_saved_loads_into_a_plain_model(folder, engine, metho
     torch.testing.assert_close(logits(two, inputs), logits(plain, inputs))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 def test_fsdp2_splits_base_and_trained_weights_and_leaves_frozen_experts_whole(folder, method):
     here = found(folder / "fsdp2" / method)["here"]
@@ -148,6 +152,7 @@ def test_fsdp2_splits_base_and_trained_weights_and_leaves_frozen_experts_whole(f
     assert bool(frozen) == (method == "at_moe")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", RESUMED)
 def test_two_processes_go_on_from_a_checkpoint_of_one(folder, method):
     one, two = folder / "one" / method, folder / "from_one" / method
@@ -155,6 +160,7 @@ def test_two_processes_go_on_from_a_checkpoint_of_one(folder, method):
     assert_same_adapter(one, two)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", RESUMED)
 def test_one_process_goes_on_from_a_checkpoint_of_two(folder, method, tmp_path):
     run(tmp_path, method, folder, resume=str(folder / "ddp" / method / "checkpoint-2"), steps=3)

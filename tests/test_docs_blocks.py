@@ -37,6 +37,7 @@ def small_base(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", [page for page in BLOCKS if page not in ELSEWHERE and to_run(page, PYTHON)])
 def test_the_python_of_a_page_runs_in_order(page, small_base, tmp_path):
     folder = tmp_path / "repository"

@@ -101,6 +101,7 @@ print("done")
     assert done.stdout.strip().endswith("done")
 
 
+@pytest.mark.long
 def test_loading_without_peft_moe_fails_and_importing_it_is_the_remedy(tmp_path):
     routed("llama").save_pretrained(tmp_path / "adapter")
     load = "from peft import PeftConfig; print(type(PeftConfig.from_pretrained('adapter')).__name__)"
@@ -112,6 +113,7 @@ def test_loading_without_peft_moe_fails_and_importing_it_is_the_remedy(tmp_path)
     assert with_it.stdout.strip() == "MoeLoraConfig"
 
 
+@pytest.mark.long
 def test_smollm2_learns_answers_saves_folds_and_merges(smollm2, tmp_path):
     """On a real model: two tasks with the same inputs and different answers, which only the task id tells apart."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2)

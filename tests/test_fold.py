@@ -67,6 +67,7 @@ def test_several_tasks_fold_to_their_mean(tmp_path):
     )
 
 
+@pytest.mark.long
 def test_a_folded_adapter_loads_where_peft_moe_is_not_installed(tmp_path):
     model, inputs = routed("llama"), make_inputs("llama", labels=False)
     make_model("llama").save_pretrained(tmp_path / "base")

@@ -539,6 +539,7 @@ def test_checkpoint_functions_are_as_they_were_after_unloading(folder):
     assert all(a is b for a, b in zip(after, before, strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch looks at it itself
 @pytest.mark.parametrize("router_input", INPUTS)
 def test_a_compiled_model_has_no_graph_breaks_no_recompiles_and_the_same_gradients(router_input, tmp_path):

@@ -308,6 +308,7 @@ def test_figures_belong_to_the_caller_alone():
     assert [figure() for figure in alive] == [None] * 4
 
 
+@pytest.mark.long
 def test_threads_draw_the_same_as_one(tmp_path):
     routing = make_routing(blocks=3)
     threads = [threading.Thread(target=write_pictures, args=(routing, tmp_path / str(i))) for i in range(3)]
@@ -334,6 +335,7 @@ def test_what_is_no_report_is_refused(routing, message):
         draw(routing)
 
 
+@pytest.mark.long
 def test_without_matplotlib_the_error_says_what_to_install():
     code = (
         "import sys\n"

@@ -186,6 +186,7 @@ def test_models_and_names_that_have_no_such_adapter_are_refused(tmp_path):
             hotswap_adapter(model, path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [*KINDS[::3], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:3])])
 def test_a_compiled_model_is_not_compiled_again(kind, folder, tmp_path):
     few = {} if kind == "at_moe" else {"target_modules": ["q_proj"]}

@@ -67,6 +67,7 @@ for error, asked in {
 """
 
 
+@pytest.mark.long
 def test_a_pushed_adapter_pulled_in_a_new_process_gives_the_same_logits(run_with_hub):
     run_with_hub(PUSH_ADAPTER)
     run_with_hub(PULL_ADAPTER)

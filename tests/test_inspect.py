@@ -316,6 +316,7 @@ def test_a_plain_lora_in_each_layer_has_no_router(tmp_path):
     assert "There is no router" in shown(found)
 
 
+@pytest.mark.long
 def test_an_adapter_on_the_hub_is_read_at_a_revision(run_with_hub):
     run_with_hub(
         "import contextlib, io, json\n"

@@ -324,6 +324,7 @@ def test_calls_of_other_threads_are_not_mixed(folder):
     assert not wrong
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kind", ["molora", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("moelora", "medmoelora", "at_moe"))]
 )

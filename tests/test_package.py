@@ -30,6 +30,7 @@ def test_the_type_is_registered_under_its_name():
     assert PEFT_TYPE_TO_TUNER_MAPPING["MOELORA"] is MoeLoraModel
 
 
+@pytest.mark.long
 def test_importing_changes_no_class_and_no_function_of_peft():
     done = python(
         "import inspect, peft, peft.tuners.tuners_utils as t, peft.utils.peft_types as p, transformers as f\n"
@@ -81,6 +82,7 @@ def answer_from_a_child(config, queue):
     queue.put((config.peft_type.value, sorted(config.target_modules)))
 
 
+@pytest.mark.long
 def test_a_spawned_process_knows_the_type():
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -91,6 +93,7 @@ def test_a_spawned_process_knows_the_type():
     assert process.exitcode == 0
 
 
+@pytest.mark.long
 def test_importing_loads_no_package_that_peft_has_not_loaded_already():
     done = python(
         "import sys, peft\n"

@@ -687,6 +687,7 @@ def small(tmp_path):
     return get_peft_model(make_model("llama"), GroupedMoeConfig(task_type="CAUSAL_LM", **fields)).eval()
 
 
+@pytest.mark.long
 def test_a_compiled_block_keeps_to_the_weights_of_the_prompt(tmp_path):
     """As accelerate's regional compilation has it."""
     model = small(tmp_path)

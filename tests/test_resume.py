@@ -34,6 +34,7 @@ def check(result):
     assert result["trained"] == 1  # the share of tensors that training changed
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", list(RESUMED)[::2])
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(name, of_some):
     check(of_some[name])

@@ -95,6 +95,7 @@ def test_training_leaves_an_adapter_with_tokenizer_scores_and_card(recipe, tmp_p
     assert f"{results['test']['mean']['score']:.3f}" in printed
 
 
+@pytest.mark.long
 def test_evaluating_the_trained_adapter_gives_the_scores_that_training_saved(recipe, base, data, tmp_path):
     main([str(recipe), "--max_steps", "60"])
     out = tmp_path / "out"
@@ -299,6 +300,7 @@ def test_pushing_sends_our_card_and_the_adapter_loads_from_the_hub(recipe, hub, 
     assert done.stdout.count("\n# trees") == 1
 
 
+@pytest.mark.long
 def test_two_processes_train_one_adapter_and_share_the_evaluation(recipe, tmp_path):
     # --cpu would start one process whatever their number; --multi_gpu without a GPU starts all, on gloo
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

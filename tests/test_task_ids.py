@@ -410,6 +410,7 @@ def test_a_compiled_model_has_no_breaks_and_no_stale_ids():
             torch.testing.assert_close(logits(compiled, inputs), logits(model, inputs))
 
 
+@pytest.mark.long
 def test_a_compiled_model_trains():
     eager, compiled = routed("llama").train(), routed("llama").train()
     inputs = make_inputs("llama")

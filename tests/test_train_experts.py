@@ -54,6 +54,7 @@ def change(recipe: Path, **settings: object) -> None:
     recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | settings, sort_keys=False))
 
 
+@pytest.mark.long
 def test_each_expert_is_a_stock_lora_of_its_tasks_and_a_second_call_leaves_it(recipe, tmp_path, capfd):
     main([str(recipe), "--learning_rate", "0.02"])
     experts = tmp_path / "experts"

@@ -158,6 +158,7 @@ say()
 """
 
 
+@pytest.mark.long
 def test_the_errors_of_peft_without_the_import_and_with_it_are_these(tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     make_model("llama").save_pretrained(base)
