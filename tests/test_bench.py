@@ -11,8 +11,9 @@ import model
 import pictures
 import pytest
 import scaling
+import tables
 import timing
-from methods import LABELS
+from methods import LABELS, dtypes_here
 from tiny_models import make_model
 
 FAST = ["--rounds", "2", "--threads", "1"]
@@ -135,3 +136,67 @@ def test_a_benchmark_starts_itself_again_with_what_it_was_given(tmp_path):
         check=True,
     )
     assert found.stdout.split("\n")[0] == "['--rounds', '5'] 0"
+
+
+def test_a_layer_can_be_timed_beside_its_lora_alone(run, monkeypatch):
+    monkeypatch.setitem(layer.SHAPES, "576x1536", (16, 24))
+    small = ["--shape", "576x1536", "--dtype", "fp32", "--method", "molora", "--steps", "train", "memory"]
+    time, memory = run(layer, *small, "--against", "total")[0]["rows"]
+    assert time["ratios"].keys() == {"total"}
+    assert memory["peak_bytes"].keys() == {"base", "total", "active", "ours"}
+
+
+def test_what_is_counted_of_a_lora_once_is_what_it_is_counted_as_again(monkeypatch):
+    models = layer.contestants("molora", (16, 24), "fp32")
+    first = layer.memory(models, "molora", "fp32")
+    monkeypatch.setattr(layer, "COUNTED", {})
+    assert layer.memory(models, "molora", "fp32") == first
+    other = layer.contestants("molora_k2_r64", (16, 24), "fp32")
+    again = layer.memory(other, "molora_k2_r64", "fp32")
+    assert again["peak_bytes"]["base"] == first["peak_bytes"]["base"]
+    assert again["peak_bytes"]["total"] > first["peak_bytes"]["total"]  # of another rank, and so counted for itself
+
+
+@pytest.mark.parametrize(("fastest", "expected"), [("bfloat16", ["fp32", "bf16"]), ("float32", ["fp32"])])
+def test_bfloat16_is_left_out_where_the_cpu_does_not_multiply_in_it(monkeypatch, fastest, expected):
+    monkeypatch.setattr("methods.resolve_dtype", lambda name, device: fastest)
+    assert dtypes_here(["fp32", "bf16"]) == expected
+
+
+def test_the_tables_of_the_page_are_those_of_its_json(tmp_path):
+    page = tmp_path / tables.PAGE.name
+    (tmp_path / page.stem).symlink_to(tables.PAGE.with_suffix(""))
+    page.write_text(tables.PAGE.read_text())
+    assert tables.main(["--page", str(page)]) == 0
+    assert page.read_text() == tables.PAGE.read_text()
+
+
+def test_a_page_that_lacks_a_mark_stays_as_it_is(tmp_path, capsys):
+    page = tmp_path / tables.PAGE.name
+    (tmp_path / page.stem).symlink_to(tables.PAGE.with_suffix(""))
+    page.write_text(text := tables.PAGE.read_text().replace("<!-- end of dispatch -->", "").replace("0.9", "0.1"))
+    with pytest.raises(SystemExit):
+        tables.main(["--page", str(page)])
+    assert "'<!-- end of dispatch -->'" in capsys.readouterr().err
+    assert page.read_text() == text
+
+
+def test_a_miss_is_bold_and_one_within_the_spread_in_italics():
+    assert [tables.marked(*args) for args in ((1.034, 1.0, 1.03), (1.05, 1.02, 1.03), (1.05, 1.04, 1.03))] == [
+        "1.03",
+        "*1.05*",
+        "**1.05**",
+    ]
+    assert tables.marked(9.0, 9.0, None) == "9.00"
+
+
+def test_the_floor_is_the_base_and_the_products_of_the_ranks_at_work():
+    shape = {"shape": "576x1536", "dtype": "fp32", "method": "molora_k1_r64"}
+    rows = [
+        {**shape, "step": "train", "ms": {"base": 10.0, "total": 30.0}},
+        {**shape, "step": "memory", "saved_bytes": {"total": {"1024 × 512 float32": 1}}},
+    ]
+    of_base = 2 * 1024 * 576 * 1536
+    of_adapter = 3 * 1024 * 64 * (576 + 1536)  # one of eight experts of rank 64
+    assert tables.floor(rows, "576x1536", "molora_k1_r64") == f"{10 * (1 + of_adapter / of_base) / 30:.2f}"
+    assert tables.floor(rows, "2048x5632", "molora_k1_r64") == "–"

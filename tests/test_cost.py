@@ -3,6 +3,7 @@
 import counts
 import layer
 import pytest
+import timing
 import torch
 from counting import count, peak_memory, saved_for_backward
 from methods import Layers, adapt, stock_lora
@@ -81,11 +82,17 @@ def test_a_stock_lora_costs_what_it_does_by_hand(stock):
     assert saved_for_backward(lambda: stock(x), [x, *stock.parameters()]) == {f"{TOKENS} × {R} float32": 4 * TOKENS * R}
 
 
-def test_all_take_turns_and_ratios_are_those_within_a_round():
+def test_all_take_turns_and_ratios_are_those_within_a_round(monkeypatch):
     calls = []
     times = interleave({name: lambda n=name: calls.append(n) for name in ("total", "ours")}, rounds=3)
     assert {name: len(of_name) for name, of_name in times.items()} == {"total": 3, "ours": 3}
     assert calls.count("total") == calls.count("ours")
+    monkeypatch.setattr(timing, "SHORTEST", 1e-9)
+    for long, first in ((timing.LONG, 2), (0, 1)):
+        calls.clear()
+        monkeypatch.setattr(timing, "LONG", long)
+        interleave({"ours": lambda: calls.append("ours")}, rounds=3)
+        assert len(calls) == first + 3
     found = summary({"total": [1.0, 2.0, 4.0], "ours": [2.0, 2.0, 2.0]})
     assert found == {"ms": {"total": 2.0, "ours": 2.0}, "ratios": {"total": {"median": 1.0, "quartiles": [0.75, 1.5]}}}
 

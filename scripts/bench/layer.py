@@ -12,7 +12,8 @@ beyond that of the frozen layer alone, and the tensors kept for backward.
 
 The method lora is a second stock LoRA, of rank 128, against the first: how far from 1 a ratio is for no reason.
 
---dtype: fp32; bf16, base and adapter; bf16_fp32, the adapter in float32, which is peft's default.
+--dtype: fp32; bf16, base and adapter; bf16_fp32, the adapter in float32, which is peft's default. Where the CPU has no
+instructions for bfloat16, fp32 alone unless another is asked for.
 """
 
 import argparse
@@ -23,7 +24,18 @@ from typing import Any
 
 import torch
 from counting import peak_memory, saved_for_backward
-from methods import DTYPE_LABELS, DTYPES, LABELS, Layers, adapt, config_of, ranks_of, stock_lora, task_ids_of
+from methods import (
+    DTYPE_LABELS,
+    DTYPES,
+    LABELS,
+    Layers,
+    adapt,
+    config_of,
+    dtypes_here,
+    ranks_of,
+    stock_lora,
+    task_ids_of,
+)
 from targets import LAYER, target_of, verdict
 from timing import add_options, interleave, shown, start, summary, write
 from torch import nn
@@ -45,7 +57,7 @@ def main() -> None:
     add_options(parser, ROOT / "runs" / "bench" / "layer.json", rounds=15)
     parser.add_argument("--method", choices=METHODS, nargs="+", default=METHODS)
     parser.add_argument("--shape", choices=list(SHAPES), nargs="+", default=list(SHAPES))
-    parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=list(DTYPES))
+    parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=dtypes_here(list(DTYPES)))
     parser.add_argument("--steps", choices=STEPS, nargs="+", default=STEPS)
     others = ["base", "total", "active"]
     parser.add_argument(

@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from peft_moe import GroupedMoeConfig, MedMoeLoraConfig, MoeLoraConfig, MoLoraConfig, read_expert
+from peft_moe.dtypes import resolve_dtype
 from peft_moe.layer import MoeLinear
 
 # the type of the base model, and whether the adapter is in float32, which is what peft does with it
@@ -33,6 +34,14 @@ LABELS = {
     "lora": "stock LoRA, against itself",
 }
 Targets = str | Sequence[str]
+
+
+def dtypes_here(dtypes: Sequence[str]) -> list[str]:
+    """Those of these types that are no torment: float32 alone where the CPU has no instructions for bfloat16.
+
+    There a product in it takes from eight to seventy times as long, and a benchmark days.
+    """
+    return list(dtypes) if resolve_dtype("fastest", "cpu") == "bfloat16" else ["fp32"]
 
 
 class Block(nn.Module):

@@ -17,7 +17,8 @@ per prompt; lora is a second stock LoRA, of rank 128, against the first: how far
 run only by their names: recording is molora while its routing is recorded, against molora; medmoelora_unbalanced is
 medmoelora without its balance loss.
 
---dtype: fp32; bf16, base and adapter; bf16_fp32, the adapter in float32, which is peft's default.
+--dtype: fp32; bf16, base and adapter; bf16_fp32, the adapter in float32, which is peft's default. Where the CPU has no
+instructions for bfloat16, fp32 alone unless another is asked for.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 from counting import peak_memory
-from methods import DTYPE_LABELS, DTYPES, LABELS, adapt, config_of, ranks_of, stock_lora, task_ids_of
+from methods import DTYPE_LABELS, DTYPES, LABELS, adapt, config_of, dtypes_here, ranks_of, stock_lora, task_ids_of
 from targets import target_of, verdict
 from timing import add_options, interleave, shown, start, summary, write
 from torch import nn
@@ -49,7 +50,7 @@ def main() -> None:
     add_options(parser, ROOT / "runs" / "bench" / "model.json", rounds=7)
     parser.add_argument("--model", default=str(ROOT / "models" / "SmolLM2-135M-Instruct"))
     parser.add_argument("--method", choices=[*METHODS, *BY_NAME], nargs="+", default=METHODS)
-    parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=["fp32", "bf16_fp32"])
+    parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=dtypes_here(list(DTYPES)))
     parser.add_argument("--steps", choices=STEPS, nargs="+", default=STEPS)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=256)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from counting import peak_memory
 from layer import TARGETS, random_input, training_step
-from methods import DTYPE_LABELS, DTYPES, Layers, adapt, config_of, ranks_of, stock_lora
+from methods import DTYPE_LABELS, DTYPES, Layers, adapt, config_of, dtypes_here, ranks_of, stock_lora
 from timing import add_options, interleave, shown, start, summary, write
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ def main() -> None:
     add_options(parser, ROOT / "runs" / "bench" / "scaling.json", rounds=9)
     parser.add_argument("--axis", choices=list(AXES), nargs="+", default=list(AXES))
     parser.add_argument("--method", choices=METHODS, nargs="+", default=METHODS)
-    parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=dtypes_here(["fp32", "bf16"]))
     parser.add_argument("--shape", type=int, nargs=2, default=(576, 1536), metavar=("IN", "OUT"))
     parser.add_argument("--factors", type=int, nargs="+", choices=FACTORS, default=FACTORS)
     arguments = parser.parse_args()

@@ -52,7 +52,6 @@ BESIDE = (
 )
 BESIDE_LONGER = (
     Pair("moelora-longer", "lora-r16-longer"),
-    Pair("molora-longer", "lora-like-molora-parameters-longer"),
     *(Pair(name, system) for name, (system, _) in LONGER.items()),
 )
 

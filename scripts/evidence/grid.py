@@ -59,10 +59,7 @@ ABLATIONS: Changes = {
     "at_moe-flat": ("at_moe", {"flat_routing": True}),
 }
 # Whether what was found after one epoch holds after three.
-LONGER: Changes = {
-    f"{system}-longer": (system, {"num_train_epochs": 3})
-    for system in ("lora-r16", "lora-like-molora-parameters", "moelora", "molora")
-}
+LONGER: Changes = {f"{system}-longer": (system, {"num_train_epochs": 3}) for system in ("lora-r16", "moelora")}
 # The balance loss of the recipe is no more than 0.0025 of a loss: without it little can change, so a strong one too.
 # With K = 1 nothing but a balance loss trains MoLoRA's router.
 VARIANTS: Changes = {
