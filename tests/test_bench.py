@@ -193,10 +193,10 @@ def test_a_miss_is_bold_and_one_within_the_spread_in_italics():
 def test_the_floor_is_the_base_and_the_products_of_the_ranks_at_work():
     shape = {"shape": "576x1536", "dtype": "fp32", "method": "molora_k1_r64"}
     rows = [
-        {**shape, "step": "train", "ms": {"base": 10.0, "total": 30.0}},
+        {**shape, "step": "train", "ratios": {"total": {"median": 0.8}, "base": {"median": 2.4}}},
         {**shape, "step": "memory", "saved_bytes": {"total": {"1024 × 512 float32": 1}}},
     ]
     of_base = 2 * 1024 * 576 * 1536
     of_adapter = 3 * 1024 * 64 * (576 + 1536)  # one of eight experts of rank 64
-    assert tables.floor(rows, "576x1536", "molora_k1_r64") == f"{10 * (1 + of_adapter / of_base) / 30:.2f}"
+    assert tables.floor(rows, "576x1536", "molora_k1_r64") == f"{0.8 / 2.4 * (1 + of_adapter / of_base):.2f}"
     assert tables.floor(rows, "2048x5632", "molora_k1_r64") == "–"

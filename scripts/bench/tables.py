@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from methods import LABELS
@@ -147,8 +146,8 @@ def aims(method: str, step: str) -> str:
 def floor(rows: list[Row], shape: str, method: str) -> str:
     """The base layer's time, and that of the adapter's products at the rate of the base's, as a ratio to stock LoRA's.
 
-    The base makes two products of (tokens, in) by (in, out), the adapter three with each of its factors. The base's
-    time is its median beside all methods.
+    The base makes two products of (tokens, in) by (in, out), the adapter three with each of its factors. What
+    part of stock LoRA's time is the base's is taken from ratios within rounds, since a machine's speed changes.
     """
     train = find(rows, shape=shape, dtype="fp32", method=method, step="train")
     counted = find(rows, shape=shape, dtype="fp32", method=method, step="memory")
@@ -158,8 +157,8 @@ def floor(rows: list[Row], shape: str, method: str) -> str:
     rank = OF_TOKEN.get(method, int(kept.split(" × ")[1].split()[0]))
     wide, high = map(int, shape.split("x"))
     products = 1 + 3 * rank * (wide + high) / (2 * wide * high)
-    same = [row["ms"]["base"] for row in rows if (row["shape"], row["dtype"], row["step"]) == (shape, "fp32", "train")]
-    return f"{median(same) * products / train['ms']['total']:.2f}"
+    to_total, to_base = (train["ratios"][name]["median"] for name in ("total", "base"))
+    return f"{to_total / to_base * products:.2f}"
 
 
 def of_forward(file: str, shape: str, dtypes: list[str]) -> Callable[[Path], str]:
