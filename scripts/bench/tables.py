@@ -355,7 +355,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "layer-active": of_layer("avx2/layer.json", "train", EVERY[:4], "active"),
     "layer-forward": of_forward("avx2/layer.json", "576x1536", ["fp32"]),
     "model": of_model("avx2/model.json", ["train", "memory", *FORWARD], ["fp32"]),
-    "model-half": of_model("avx2/model-bf16.json", ["train", *FORWARD], ["bf16", "bf16_fp32"]),
+    "model-half": of_model("avx2/model-bf16.json", ["train", "memory", *FORWARD], ["bf16", "bf16_fp32"]),
     "model-active": of_model("avx2/model.json", ["train", *FORWARD], ["fp32"], "active"),
     "dropout": of_dropout,
     "dispatch": of_dispatch,
