@@ -37,9 +37,9 @@ Targets = str | Sequence[str]
 
 
 def dtypes_here(dtypes: Sequence[str]) -> list[str]:
-    """Those of these types that are no torment: float32 alone where the CPU has no instructions for bfloat16.
+    """Those of these types to measure unasked: float32 alone where the CPU has no instructions for bfloat16.
 
-    There a product in it takes from eight to seventy times as long, and a benchmark days.
+    There products in it take many times as long, and a benchmark days.
     """
     return list(dtypes) if resolve_dtype("fastest", "cpu") == "bfloat16" else ["fp32"]
 

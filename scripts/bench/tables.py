@@ -345,7 +345,7 @@ def tally(name: str, found: list[str]) -> str:
 
 
 EVERY = [(shape, dtype) for shape in SHAPES for dtype in SHORT]
-WITHOUT_MIXED = EVERY[:-1]  # of the large layer, mixed types were not measured on the second machine
+WITHOUT_MIXED = EVERY[:-1]  # of the large layer, mixed types were not measured with AVX2 alone
 FORWARD = ["prefill", "decode_1", "decode_8", "generate_1", "generate_8"]
 TABLES: dict[str, Callable[[Path], str]] = {
     "summary": summary,
