@@ -247,6 +247,7 @@ CASES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("subject", "dtype", "method"), CASES)
 def test_a_step_costs_no_more_than_its_limit(subject, dtype, method):
     measure = counts.layer_costs if subject == "layer" else counts.model_costs

@@ -16,6 +16,7 @@ from peft_moe.cli import main
 from peft_moe.report.results import Routing
 
 pytest_plugins = ["report_fixtures"]
+pytestmark = pytest.mark.long
 
 
 def weights_of(weights, token):

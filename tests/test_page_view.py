@@ -6,6 +6,7 @@ import pytest
 from report_browser import KINDS, cell, percent, tip
 
 pytest_plugins = ["report_fixtures"]
+pytestmark = pytest.mark.long
 
 WINDOWS = [(width, scheme) for width in (1280, 360) for scheme in ("light", "dark")]
 
