@@ -68,10 +68,12 @@ def work(path: str) -> None:
         files.write(Path(job["record"]), record_of(run, 0.5 if run.learning_rate == BEST else 0.4))
 
 
-def record_of(run: Run, score: float, cpu: float = 2.0) -> dict[str, object]:
+def record_of(run: Run, score: float, train: float = 1.0, answer: float = 1.0, rest: float = 0.0) -> dict[str, object]:
     """What others read of a record."""
     head = {name: value for name, value in run.to_dict().items() if name in one.KEPT}
-    return head | {"scores": {"mean": {"score": score}}, "seconds": {"total_cpu": cpu}}
+    head |= {what: {} for what in run.measure}
+    seconds = {"train_cpu": train, "answer_cpu": answer, "total_cpu": train + answer + rest}
+    return head | {"scores": {"mean": {"score": score}}, "seconds": seconds}
 
 
 if __name__ == "__main__":

@@ -190,13 +190,23 @@ def wait_for(condition, seconds=30.0):
 
 def test_estimates_are_those_of_the_runs_that_are_most_alike():
     runs = {r.id: r for r in forecast(full(), {})}
-    seconds = {of("molora"): 100.0, of("molora", 0): 40.0, of("lora-r16"): 60.0}
-    records = {name: files.brief(evidence_jobs.record_of(runs[name], 0.5, cpu)) for name, cpu in seconds.items()}
+    seconds = {  # training, answers, the rest
+        of("molora"): (70, 20, 12),
+        of("molora", 0): (80, 10, 1),
+        of("lora-r16"): (36, 14, 4),
+        of("moelora-r8"): (50, 16, 2),
+    }
+    records = {name: files.brief(evidence_jobs.record_of(runs[name], 0.5, *took)) for name, took in seconds.items()}
     estimates = Estimates(records)
-    assert estimates.seconds(runs[of("molora", 2)]) == 100
-    assert estimates.seconds(runs[of("molora", 0, HIGH)]) == 40
-    assert estimates.seconds(runs[of("molora-k3")]) == 100  # of its method
-    assert estimates.seconds(runs[of("medmoelora")]) == 80  # of all finals in main
+    assert estimates.seconds(runs[of("molora", 2)]) == 75 + 20 + 12
+    assert estimates.seconds(runs[of("molora", 0, HIGH)]) == 75 + 10 + 1  # a search
+    assert estimates.seconds(runs[of("molora-k3")]) == 75 + 20 + 2  # routing alone is measured beside its answers
+    assert estimates.seconds(runs[of("lora-r8")]) == 36 + 14 + 1  # nothing is
+    assert estimates.seconds(runs[of("lora-r16-longer")]) == 3 * 36 + 14 + 1
+    assert estimates.seconds(runs["instruction/base"]) == (20 + 14 + 16) / 3 + 4  # is not trained
+    each = (12 / 4 + 1 + 4 / 2 + 2 / 2) / 4
+    assert estimates.seconds(runs[f"bare/molora/lr-{MIDDLE:g}/seed-1"]) == 75 + 20 + 2
+    assert estimates.seconds(runs[f"bare/moelora/lr-{MIDDLE:g}/seed-1"]) == 50 + 16 + 3 * each  # gates, and equal ones
     assert Estimates({}).seconds(runs[of("molora")]) == 900
     assert [clock(s) for s in (40, 200, 7500)] == ["40 s", "3 min", "2 h 05 min"]
 

@@ -1,12 +1,12 @@
 """How long runs take, from the CPU seconds of finished runs of the same kind."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
 from grid import forecast
-from plan import Run
+from plan import MEASURES, Run
 from setups import Setup
 
 UNKNOWN = 900.0  # seconds of a run where nothing like it has been measured
@@ -21,20 +21,31 @@ class Estimates:
 
     def __init__(self, records: Mapping[str, Mapping[str, Any]]) -> None:
         self.records = records
-        self.found: dict[tuple[str, ...], list[float]] = defaultdict(list)
-        for run_id, record in records.items():
-            method = record["settings"].get("method", "none")
-            protocol = run_id.split("/")[0]
-            for kind in kinds(record["experiment"], record["system"], method, protocol, record["purpose"]):
-                self.found[kind].append(record["cpu"])
+        self.epoch: dict[tuple[Any, ...], list[float]] = defaultdict(list)  # of training
+        self.answers: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+        self.beside: dict[tuple[Any, ...], list[float]] = defaultdict(list)  # all else
+        for record in records.values():
+            settings, training, answers = record["settings"], record["train_cpu"], record["answer_cpu"]
+            for kind in alike(record["system"], settings):
+                if training:
+                    self.epoch[kind].append(training / epochs(settings))
+                self.answers[(record["purpose"], *kind)].append(answers)
+            beside = record["cpu"] - training - answers
+            self.beside[("these", *record["measure"])].append(beside)
+            self.beside[("each",)].append(beside / (1 + len(record["measure"])))
 
     def seconds(self, run: Run) -> float:
-        """The mean of the runs that are most like it."""
-        method = run.settings.get("method", "none")
-        for kind in kinds(run.experiment, run.system, method, run.protocol, run.purpose):
-            if kind in self.found:
-                return mean(self.found[kind])
-        return UNKNOWN
+        """Training, answers and the rest, each the mean of the runs that are most like it."""
+        kinds = list(alike(run.system, run.settings))
+        measure = tuple(what for what in MEASURES if what in run.measure)
+        training = first_mean(self.epoch, kinds) if run.trains else 0.0
+        answers = first_mean(self.answers, [(run.purpose, *kind) for kind in kinds])
+        beside = first_mean(self.beside, [("these", *measure)])
+        if beside is None and (each := first_mean(self.beside, [("each",)])) is not None:
+            beside = each * (1 + len(measure))
+        if training is None or answers is None or beside is None:
+            return UNKNOWN
+        return training * epochs(run.settings) + answers + beside
 
     def left(self, setup: Setup, wanted: Callable[[list[Run]], list[Run]], again: set[str]) -> tuple[int, list[Run]]:
         """How many of the wanted runs are done, and the others, also those that cannot be named yet."""
@@ -54,18 +65,25 @@ class Estimates:
         """A line; `elapsed` has the seconds of the runs that are being done."""
         done, left = self.left(setup, wanted, again)
         seconds = sum(max(0.0, self.seconds(run) - elapsed.get(run.id, 0.0)) for run in left) / workers
-        about = "about " if self.found else "perhaps "
+        about = "about " if self.records else "perhaps "
         return f"{done} done, {len(left)} left, {about}{clock(seconds)} to go"
 
 
-def kinds(experiment: str, system: str, method: str, protocol: str, purpose: str) -> Iterator[tuple[str, ...]]:
+def epochs(settings: Mapping[str, Any]) -> float:
+    """How often a run trains on its rows."""
+    return float(settings.get("num_train_epochs", 1))
+
+
+def alike(system: str, settings: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     """Kinds that a run is of, from the narrowest to the widest."""
-    yield "system", experiment, system, protocol, purpose
-    yield "system", experiment, system, purpose
-    yield "method", experiment, method, purpose
-    yield "method", method, purpose
-    yield "purpose", experiment, purpose
-    yield "purpose", purpose
+    yield "system", system
+    yield "method", settings.get("method")
+    yield ("any",)
+
+
+def first_mean(found: Mapping[tuple[Any, ...], list[float]], kinds: Sequence[tuple[Any, ...]]) -> float | None:
+    """The mean of the first kind that there is one of."""
+    return next((mean(found[kind]) for kind in kinds if kind in found), None)
 
 
 def clock(seconds: float) -> str:

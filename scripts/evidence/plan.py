@@ -7,6 +7,7 @@ from typing import Any
 from setups import Setup
 
 Scores = Mapping[str, float]  # mean score of the runs that are done, by id: on dev for searches, on test for finals
+MEASURES = ("uniform", "routing", "general")  # what can be measured beside answers; a record has it by the same name
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Run:
         parts: tasks that get an adapter each; empty for one adapter for all.
         scored: tasks whose rows are answered; empty for all.
         adapter: id of the run whose adapter is measured; nothing is trained then.
-        measure: what is measured beside the answers: "uniform", "routing", "general".
+        measure: what is measured beside the answers, of `MEASURES`.
         limit: answer the first rows of each task only; None for all.
     """
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from plan import Run
+from plan import MEASURES, Run
 from setups import Setup
 
 
@@ -61,7 +61,11 @@ def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 def brief(record: Mapping[str, Any]) -> dict[str, Any]:
     """What is needed of a record to go on, without its answers."""
     kept = {name: record[name] for name in ("experiment", "system", "purpose", "settings")}
-    return kept | {"score": record["scores"]["mean"]["score"], "cpu": record["seconds"]["total_cpu"]}
+    seconds = record["seconds"]
+    kept |= {"cpu": seconds["total_cpu"], "answer_cpu": seconds["answer_cpu"]}
+    kept["train_cpu"] = seconds.get("train_cpu", 0.0)  # absent where nothing is trained
+    kept["measure"] = [what for what in MEASURES if what in record]
+    return kept | {"score": record["scores"]["mean"]["score"]}
 
 
 def read(path: Path) -> dict[str, Any]:
