@@ -72,29 +72,48 @@ def find(rows: Iterable[Row], **fields: Any) -> Row | None:
 
 def cell(row: Row | None, target: float | None = None, against: str = "total") -> str:
     """A ratio, with the middle half of the rounds if it is of times."""
-    if row is None:
+    found = ratio_of(row, against)
+    if row is None or found is None:
         return "–"
-    if row["step"] == "memory":
-        return marked(row["ratio"], row["ratio"], target)
-    if against not in row["ratios"]:
-        return "–"
-    ratio = row["ratios"][against]
-    low, high = ratio["quartiles"]
-    return f"{marked(ratio['median'], low, target)} ({low:.2f} to {high:.2f})"
+    value, low, high = found
+    return marked(value, low, target) + ("" if row["step"] == "memory" else f" {span(low, high)}")
+
+
+def ratio_of(row: Row | None, against: str = "total") -> tuple[float, float, float] | None:
+    """A ratio and the quartiles of the rounds; None if it was not measured. Memory is counted, once."""
+    if row is not None and row["step"] == "memory":
+        return row["ratio"], row["ratio"], row["ratio"]
+    if row is None or against not in row["ratios"]:
+        return None
+    return row["ratios"][against]["median"], *row["ratios"][against]["quartiles"]
+
+
+def span(low: float, high: float) -> str:
+    """The middle half of the rounds."""
+    return f"({low:.2f} to {high:.2f})"
+
+
+def state(value: float, low: float, target: float) -> str:
+    """Whether a target is met, missed, or missed by less than the spread: "near"."""
+    return "met" if round(value, 2) <= target else "near" if low <= target else "missed"
 
 
 def marked(value: float, low: float, target: float | None) -> str:
     """A number: bold if it misses its target, in italics if the lower quartile does not."""
-    if target is None or round(value, 2) <= target:
-        return f"{value:.2f}"
-    return f"*{value:.2f}*" if low <= target else f"**{value:.2f}**"
+    marks = {"met": "", "near": "*", "missed": "**"}
+    around = "" if target is None else marks[state(value, low, target)]
+    return f"{around}{value:.2f}{around}"
 
 
 def table_of(first: str, columns: list[Column], methods: Iterable[str]) -> str:
     """A line for each method."""
-    lines = [[first, *(title for title, _ in columns)], ["---"] * (1 + len(columns))]
-    lines += [[LABELS[method], *(of(method) for _, of in columns)] for method in methods]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    titles = [first, *(title for title, _ in columns)]
+    return lines_of(titles, [[LABELS[method], *(of(method) for _, of in columns)] for method in methods])
+
+
+def lines_of(titles: list[str], lines: Iterable[list[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (titles, ["---"] * len(titles), *lines))
 
 
 def titled(titles: Iterable[tuple[str, str]]) -> list[str]:
@@ -257,61 +276,50 @@ def of_dropout(folder: Path) -> str:
 def of_dispatch(folder: Path) -> str:
     """Time with dispatch as a ratio to that without, and what the rule says."""
     rows = json.loads((folder / "avx2" / "dispatch.json").read_text(encoding="utf-8"))["results"]
-    lines = ["| E, K, r | 576 → 1536 | by the rule | 2048 → 5632 |", "|---|---|---|---|"]
+    lines = []
     for experts in dict.fromkeys(row["experts"] for row in rows):
-        cells = []
-        for shape in SHAPES:
-            row = find(rows, shape=shape, experts=experts)
-            assert row is not None
-            cells.append(f"{row['ratio']:.2f} ({row['quartiles'][0]:.2f} to {row['quartiles'][1]:.2f})")
-        rule = "dispatched" if row["pays"] else "dense"
-        lines.append(f"| {experts.replace(':', ', ')} | {cells[0]} | {rule} | {cells[1]} |")
-    return "\n".join(lines)
+        small, large = ([row for row in rows if (row["shape"], row["experts"]) == (shape, experts)] for shape in SHAPES)
+        cells = [f"{row['ratio']:.2f} {span(*row['quartiles'])}" for row in (*small, *large)]
+        rule = "dispatched" if large[0]["pays"] else "dense"
+        lines.append([experts.replace(":", ", "), cells[0], rule, cells[1]])
+    return lines_of(["E, K, r", SHAPES["576x1536"], "by the rule", SHAPES["2048x5632"]], lines)
 
 
 def of_lifecycle(folder: Path) -> str:
     """Injecting, saving, loading: times and ratios; above 1.20 misses the target."""
     found = json.loads((folder / "avx2" / "lifecycle.json").read_text(encoding="utf-8"))["results"]["adapters"]
-    lines = ["| | stock LoRA, ms | peft_moe, ms | ratio |", "|---|---|---|---|"]
+    lines = []
     for name, row in found.items():
         method, _, what = name.partition(", ")
-        low, high = row["ratio_quartiles"]
-        label = LABELS[method].split(",")[0] + (
-            ", made from 9 folders; stock: loading these 9" if what == "read" else f", {what}"
-        )
-        ratio = f"{marked(row['ratio'], low, 1.2)} ({low:.2f} to {high:.2f})"
-        lines.append(f"| {label} | {row['reference_ms']:.0f} | {row['ms']:.0f} | {ratio} |")
-    return "\n".join(lines)
+        done = "made from 9 folders; stock: loading these 9" if what == "read" else what
+        middle = row["ratio_quartiles"]
+        ratio = f"{marked(row['ratio'], middle[0], 1.2)} {span(*middle)}"
+        label = f"{LABELS[method].split(',')[0]}, {done}"
+        lines.append([label, f"{row['reference_ms']:.0f}", f"{row['ms']:.0f}", ratio])
+    return lines_of(["", "stock LoRA, ms", "peft_moe, ms", "ratio"], lines)
 
 
 def of_folding(folder: Path) -> str:
     """Folding an adapter beside reading and writing the file."""
-    lines = [
-        "| | file, MiB | read + write, ms | fold, ms | ratio | peak memory: read + write, fold, MiB |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     for file in ("lifecycle", "fold"):
         found = json.loads((folder / "avx2" / f"{file}.json").read_text(encoding="utf-8"))["results"]["fold"]
         for name, row in found.items():
-            low, high = row["ratio_quartiles"]
-            whole = [row["file_mib"], row["reference_ms"], row["ms"]]
-            cells = [name.removeprefix("fold, "), *(f"{value:.0f}" for value in whole)]
-            cells += [f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"]
-            cells += [f"{row['reference_peak_mib']:.0f}, {row['peak_mib']:.0f}"]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            whole = [f"{row[what]:.0f}" for what in ("file_mib", "reference_ms", "ms")]
+            ratio = f"{row['ratio']:.2f} {span(*row['ratio_quartiles'])}"
+            peaks = f"{row['reference_peak_mib']:.0f}, {row['peak_mib']:.0f}"
+            lines.append([name.removeprefix("fold, "), *whole, ratio, peaks])
+    memory = "peak memory: read + write, fold, MiB"
+    return lines_of(["", "file, MiB", "read + write, ms", "fold, ms", "ratio", memory], lines)
 
 
 def summary(folder: Path) -> str:
     """How many targets are met, missed, and not measured, by what they are about."""
-    lines = [
-        "| | targets | met | missed by less than the spread | missed | not measured |",
-        "|---|---|---|---|---|---|",
-    ]
     layer, model = (rows_of(folder / "avx2" / f"{name}.json") for name in ("layer", "model"))
     model += rows_of(folder / "avx2" / "model-bf16.json")
+    lines = []
     for dtype in ("fp32", "bf16"):
-        for step in ("train", "memory"):
+        for step, what in (("train", "time"), ("memory", "memory")):
             found = [
                 judged(
                     find(layer, shape=shape, dtype=dtype, method=method, step=step),
@@ -320,7 +328,7 @@ def summary(folder: Path) -> str:
                 for shape in SHAPES
                 for method in LAYER
             ]
-            lines.append(tally(f"a layer, {'time' if step == 'train' else 'memory'}, {SHORT[dtype]}", found))
+            lines.append([f"a layer, {what}, {SHORT[dtype]}", *tally(found)])
     for dtype in ("fp32", "bf16", "bf16_fp32"):
         found = [
             judged(find(model, dtype=dtype, method=method, step=step), target_of("model", method, dtype, step))
@@ -328,20 +336,19 @@ def summary(folder: Path) -> str:
             if not step.startswith("generate")
             for method in ("moelora", "molora", "medmoelora", "at_moe")
         ]
-        lines.append(tally(f"the whole model, {SHORT[dtype]}", found))
-    return "\n".join(lines)
+        lines.append([f"the whole model, {SHORT[dtype]}", *tally(found)])
+    return lines_of(["", "targets", "met", "missed by less than the spread", "missed", "not measured"], lines)
 
 
-def judged(row: Row | None, target: float | None) -> str:
-    """Whether a target is met."""
-    shown = cell(row, target)
-    return "–" if shown == "–" else "missed" if "**" in shown else "near" if "*" in shown else "met"
+def judged(row: Row | None, target: float | None) -> str | None:
+    """The state of a target; None if it was not measured."""
+    found = ratio_of(row)
+    return None if found is None or target is None else state(*found[:2], target)
 
 
-def tally(name: str, found: list[str]) -> str:
-    """A line of the summary."""
-    counts = [len(found), *(found.count(what) for what in ("met", "near", "missed", "–"))]
-    return f"| {name} | {' | '.join(map(str, counts))} |"
+def tally(found: list[str | None]) -> list[str]:
+    """How many there are, in each state, and not measured."""
+    return [str(len(found)), *(str(found.count(what)) for what in ("met", "near", "missed", None))]
 
 
 EVERY = [(shape, dtype) for shape in SHAPES for dtype in SHORT]
