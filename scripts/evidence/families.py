@@ -50,9 +50,8 @@ BESIDE = (
     Pair("moelora", "lora-per-task"),
     Pair("at_moe", "lora-per-task"),
 )
-BESIDE_LONGER = (
-    Pair("moelora-longer", "lora-r16-longer"),
-    *(Pair(name, system) for name, (system, _) in LONGER.items()),
+BESIDE_LONGER = tuple(
+    Pair(f"{method}-longer", f"{lora}-longer") for method, lora in MATCHED.items() if f"{method}-longer" in LONGER
 )
 
 

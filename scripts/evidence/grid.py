@@ -58,8 +58,16 @@ ABLATIONS: Changes = {
     "medmoelora-no-balance-loss": ("medmoelora", {"balance_loss": "none"}),
     "at_moe-flat": ("at_moe", {"flat_routing": True}),
 }
-# Whether what was found after one epoch holds after three.
-LONGER: Changes = {f"{system}-longer": (system, {"num_train_epochs": 3}) for system in ("lora-r16", "moelora")}
+# Whether what was found after one epoch holds after three, of each method that is trained at once, and of its LoRA.
+LONGER: Changes = {
+    f"{system}-longer": (system, {"num_train_epochs": 3})
+    for lora, method in (
+        ("lora-r16", "moelora"),
+        ("lora-like-molora-parameters", "molora"),
+        ("lora-like-medmoelora-parameters", "medmoelora"),
+    )
+    for system in (lora, method)
+}
 # The balance loss of the recipe is no more than 0.0025 of a loss: without it little can change, so a strong one too.
 # With K = 1 nothing but a balance loss trains MoLoRA's router.
 VARIANTS: Changes = {
