@@ -16,7 +16,7 @@ demo: $(VENV)/.demo-stamp  ## train MOELoRA on a small real model, score, save, 
 test: $(VENV)/.test-stamp  ## the tests that take seconds
 	$(BIN)/python -m pytest -n 2 -m "not slow and not long" $(TEST_ARGS)
 
-test-long: $(VENV)/.test-stamp  ## those that take tens of seconds: other processes, compiling, the Python of README and docs
+test-long: $(VENV)/.test-stamp  ## those that take longer: other processes, browsers, compiling, counted costs, the Python of README and docs
 	$(BIN)/python -m pytest -n 2 -m "long and not slow" $(TEST_ARGS)
 
 test-slow: $(VENV)/.test-stamp  ## every test
