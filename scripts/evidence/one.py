@@ -122,11 +122,12 @@ def provenance(run: Run, beside: int) -> dict[str, Any]:
     """How the record came about."""
     import torch
 
+    machine = {"cpu": cpu_name(), "vectors": torch.backends.cpu.get_cpu_capability()}
     return {
         "command": f"python scripts/evidence/run.py --only {run.id}",
         "commit": commit(),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
-        "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "beside": beside},
+        "machine": machine | {"threads": torch.get_num_threads(), "beside": beside},
     }
 
 
