@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,6 +133,19 @@ def test_an_adapter_that_is_missing_is_made_anew_without_a_new_record(small):
     assert small.started()[before:] == [f"{of('lora-r16')} alone", of("at_moe")]
     assert record.exists()
     assert needed.is_dir()
+
+
+def test_adapters_that_missing_adapters_are_made_of_are_made_anew_first(small):
+    composite = of("at_moe-of-single-tasks")  # is asked of the adapter of AT-MoE, which is made of its experts'
+    assert small("--only", composite) == 0
+    next(small.results.glob("composite/*.json")).unlink()
+    shutil.rmtree(Path(small.folder, "adapters"))
+    before = len(small.started())
+    assert small("--only", composite) == 0
+    *experts, method, last = small.started()[before:]
+    assert sorted(experts) == [f"{of('lora-per-task')} alone", f"{of('lora-r16')} alone"]
+    assert [method, last] == [f"{of('at_moe')} alone", composite]
+    assert composite in small.done()
 
 
 def test_no_run_is_started_that_would_not_end_in_time(small, capsys):

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,14 +112,7 @@ class Pool:
         busy = {work.job.run.id for work in self.working}
         left, estimates = self.left(), Estimates(self.store.records)
         needed = {need for run in left for need in run.needs}
-        jobs = []
-        for run in left:
-            missing = [need for need in run.needs if not self.store.has_adapter(need)]
-            waits = any(self.is_left(need) for need in run.needs)
-            if not missing and not waits:
-                jobs.append(Job(run))
-            # done on another machine, or before its adapter was removed
-            jobs += [Job(known[need], train_only=True) for need in missing if not self.is_left(need)]
+        jobs = [job for run in left for job in self.steps(Job(run), known)]
         once = {job.run.id: job for job in jobs}  # several runs may need the same adapter
         jobs = [job for run_id, job in once.items() if run_id not in busy and run_id not in self.failed]
         if self.deadline is not None:
@@ -128,12 +121,24 @@ class Pool:
 
         def urgency(job: Job) -> tuple[int, int, int, float]:
             run = job.run
-            first = run.id in needed or (run.purpose == "search" and run.system in EXPERTS)
+            first = job.train_only or run.id in needed or (run.purpose == "search" and run.system in EXPERTS)
             stage = 0 if first else 1 if run.purpose == "search" else 2
             # seed by seed, so that what is there is of the same seeds whenever it is stopped
             return stage, importance(run), run.seed or 0, -estimates.seconds(run)
 
         return sorted(jobs, key=urgency)
+
+    def steps(self, job: Job, known: Mapping[str, Run]) -> Iterator[Job]:
+        """A job, if the adapters it needs are there; otherwise those to make anew that can be made now.
+
+        An adapter of a run that is done may be missing: it was done on another machine, or its adapter was removed.
+        """
+        missing = [need for need in job.run.needs if not self.store.has_adapter(need)]
+        if not missing and not any(self.is_left(need) for need in job.run.needs):
+            yield job
+        for need in missing:
+            if not self.is_left(need):
+                yield from self.steps(Job(known[need], train_only=True), known)
 
     def start(self, job: Job) -> None:
         """Start the process of a job."""
