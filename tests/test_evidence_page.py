@@ -14,11 +14,12 @@ from knowledge import routing
 from more_tables import TABLES
 from page import BEGIN, END, NO_PICTURE, filled, write
 from page_pictures import PICTURES
-from records import Records
+from records import Finals, Records
 from results import constant
 from rows import make_unequal, prepare_composites, read_rows, sizes
 from setups import ROOT, full
 from store import write as write_record
+from times import times
 from verdicts import holm
 
 from peft_moe.evaluation import score
@@ -172,10 +173,27 @@ def test_scores_without_a_language_model_are_of_the_rows_that_are_trained_on(mad
 def test_parameters_and_time_count_what_was_trained_before(made):
     *_, page, results = made
     entry = results["scores"]["bare"]["at_moe"]
-    assert entry["all_stages"] == {"trainable": 3 * 4_884_480, "train_cpu": 1800}  # and its two kinds of experts
-    assert (entry["parameters"]["trainable"], entry["seconds"]["train_cpu"]) == (4_884_480, 600)
+    assert entry["all_stages"] == {"trainable": 3 * 4_884_480}  # and its two kinds of experts
+    assert entry["parameters"]["trainable"] == 4_884_480
+    assert entry["times"] == {"AVX2": {"train_cpu": 1800, "answer_cpu": 90}}
     cells = ["1", f"{BEST:g}", "14.65 M", "16", "30.0", "1.5", "5.0"]
     assert rows_of(page.read_text(), "scores-bare")["AT-MoE"][1:] == cells
+
+
+def test_times_are_apart_for_each_kind_of_cpu():
+    def record(train, vectors=None):
+        machine = {"cpu": "a CPU"} | ({"vectors": vectors} if vectors else {})
+        return {"machine": machine, "seconds": {"train_cpu": train, "answer_cpu": 9.0}}
+
+    expert, fast_expert = record(100.0), record(60.0, "AVX512")
+    mixed = [record(20.0), record(30.0, "AVX2"), record(10.0, "AVX512")]
+    assert times(Finals("main", [], mixed, [[expert], [expert], [expert]])) == {
+        "AVX2": {"train_cpu": 125.0, "answer_cpu": 9.0},
+        "AVX512": {"train_cpu": None, "answer_cpu": 9.0},  # nobody knows how long its expert takes there
+    }
+    found = times(Finals("main", [], mixed, [[expert], [fast_expert], [expert]]))
+    assert [found[kind]["train_cpu"] for kind in ("AVX2", "AVX512")] == [125.0, 70.0]
+    assert times(Finals("main", [], mixed, [[], [], []]))["AVX512"]["train_cpu"] == 10.0
 
 
 def test_what_is_missing_is_said(made):

@@ -72,7 +72,7 @@ def provenance(found: Results) -> str:
     if not given["commits"]:
         return "No run is there yet."
     machines = [
-        f"{each['cpu']}, processes side by side: {each['beside']}, threads of each: {each['threads']}"
+        f"{each['cpu']} ({each['vectors']}), {each['beside']} processes side by side of {each['threads']} thread each"
         for each in given["machines"]
     ]
     versions = [", ".join(f"{name} {value}" for name, value in each.items()) for each in given["versions"]]
@@ -98,9 +98,9 @@ def scores(protocol: str, experiment: str = "main") -> Callable[[Results], str]:
     """Mean scores with sizes and times, of the systems of an experiment."""
 
     def made(found: Results) -> str:
-        rows = []
+        rows, kinds = [], sorted({each["vectors"] for each in found["provenance"]["machines"]})
         for name, entry in entries(found, protocol, experiment).items():
-            size, stages, seconds = (entry.get(key) for key in ("parameters", "all_stages", "seconds"))
+            size, stages = entry.get("parameters"), entry.get("all_stages")
             trains = bool(size and size["trainable"])
             rows.append(
                 [
@@ -110,15 +110,23 @@ def scores(protocol: str, experiment: str = "main") -> Callable[[Results], str]:
                     number(entry.get("learning_rate"), "g"),
                     millions(stages["trainable"]) if trains else NONE,
                     number(size["active_rank"], "g") if trains else NONE,
-                    minutes(stages["train_cpu"]) if trains else NONE,
-                    minutes(seconds["answer_cpu"]) if seconds else NONE,
+                    times(entry, "train_cpu", kinds) if trains else NONE,
+                    times(entry, "answer_cpu", kinds) if size else NONE,
                     number(entry.get("answer_tokens"), ".1f"),
                 ]
             )
-        head = ["system", "mean score", "seeds", "rate", "trained", "active rank", "training, CPU min"]
-        return table([*head, "answers, CPU min", "tokens an answer"], rows)
+        head = ["system", "mean score", "seeds", "rate", "trained", "active rank"]
+        of_each = f": {' / '.join(kinds)}" if len(kinds) > 1 else ""
+        head += [f"{what}, CPU min{of_each}" for what in ("training", "answers")]
+        return table([*head, "tokens an answer"], rows)
 
     return made
+
+
+def times(entry: Mapping[str, Any], what: str, kinds: list[str]) -> str:
+    """CPU minutes of a system on each kind of CPU; a dash where there is no run."""
+    found = (entry["times"].get(kind, {}).get(what) for kind in kinds)
+    return " / ".join(NONE if seconds is None else minutes(seconds) for seconds in found)
 
 
 def by_task(protocol: str) -> Callable[[Results], str]:

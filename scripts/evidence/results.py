@@ -25,6 +25,7 @@ from setups import ROOT
 from simple import simple
 from stats import LEVEL, Study
 from tallies import Sheet, System
+from times import times, vectors
 from verdicts import POWER
 
 SMALLEST_P = 0.001  # smaller ones are shown as such
@@ -110,8 +111,9 @@ def provenance(records: Records) -> Numbers:
     for record in (record for run_id, record in records.found.items() if run_id in records.runs):
         found["hours"] += record["seconds"]["total_cpu"] / 3600
         for name, key in (("commits", "commit"), ("versions", "versions"), ("machines", "machine")):
-            if record.get(key) is not None and record[key] not in found[name]:
-                found[name].append(record[key])
+            value = record[key] | {"vectors": vectors(record)} if key == "machine" else record[key]
+            if value is not None and value not in found[name]:
+                found[name].append(value)
     return found
 
 
@@ -159,8 +161,7 @@ def described_runs(finals: Finals, sheet: Sheet) -> Numbers:
     found |= {"runs": len(finals.done), "seeds": [record["seed"] for record in finals.done]}
     if not finals.done:
         return found
-    first, trained = finals.done[0], [record["seconds"].get("train_cpu", 0.0) for record in finals.done]
-    before = [sum(need["seconds"].get("train_cpu", 0.0) for need in needs) for needs in finals.needs]
+    first = finals.done[0]
     return found | {
         "learning_rate": first["learning_rate"],
         "parameters": first["parameters"],
@@ -169,13 +170,8 @@ def described_runs(finals: Finals, sheet: Sheet) -> Numbers:
         "all_stages": {
             "trainable": first["parameters"]["trainable"]
             + sum(need["parameters"]["trainable"] for need in finals.needs[0]),
-            "train_cpu": mean(own + earlier for own, earlier in zip(trained, before, strict=True)),
         },
-        "seconds": {
-            "train_cpu": mean(trained),
-            "train_wall": mean(record["seconds"].get("train_wall", 0.0) for record in finals.done),
-            "answer_cpu": mean(record["seconds"]["answer_cpu"] for record in finals.done),
-        },
+        "times": times(finals),
     }
 
 
