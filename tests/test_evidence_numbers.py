@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from evidence_records import general_for, record_of, save, search_scores
 from grid import forecast
-from knowledge import general
+from knowledge import beside_other, general
 from page import filled
 from page_pictures import PICTURES
 from records import Records
@@ -41,6 +41,10 @@ def test_general_knowledge_is_compared_with_the_base_model():
     reach = 1.959964 * np.sqrt(changes.var(ddof=1) / 100)
     assert (choice["difference"], choice["low"], choice["high"]) == pytest.approx((-0.15, -0.15 - reach, -0.15 + reach))
     assert general(after, None)["choice"]["mean"]["difference"] is None
+    beside = beside_other(after, after[:1])
+    assert beside["perplexity"]["novels"] == pytest.approx(42.5 / 45)
+    assert beside["choice"]["difference"] == pytest.approx(-0.05)
+    assert beside_other(after, [{}]) is None
     assert general([{}], base) is None
 
 
@@ -53,7 +57,7 @@ def test_the_committed_page_has_the_tables_of_its_json():
 def test_the_page_says_what_was_asked_and_names_every_threat():
     text = PAGE.read_text(encoding="utf-8")
     threats = text.partition("## Threats to validity")[2].partition("\n## ")[0]
-    assert [int(number) for number in re.findall(r"^(\d+)\. ", threats, flags=re.MULTILINE)] == list(range(1, 16))
+    assert [int(number) for number in re.findall(r"^(\d+)\. ", threats, flags=re.MULTILINE)] == list(range(1, 17))
     for word in ("--match_lora parameters", "--hours", "page.py"):
         assert word in text
 

@@ -29,9 +29,10 @@ PAGE = ROOT / "docs" / "evidence.md"
 TRUTH = {  # moelora wins, molora ties, medmoelora loses, at_moe has no records
     "base": 0.1, "lora-r16": 0.5, "moelora": 0.8, "lora-like-molora-parameters": 0.6, "molora": 0.6,
     "lora-like-medmoelora-parameters": 0.7, "medmoelora": 0.4, "lora-like-at_moe-active": 0.6,
-    "molora-k1": 0.6, "moelora-gate-per-layer": 0.5, "moelora-r32-n4": 0.7, "lora-r8": 0.5,
+    "molora-k1": 0.6, "moelora-gate-per-layer": 0.5, "moelora-r32-n8": 0.7, "lora-r8": 0.5,
     "base-composite": 0.1, "lora-r16-of-single-tasks": 0.4, "moelora-of-single-tasks": 0.8,
-    "moelora-without-icd_chronic": 0.7, "lora-r16-sampled-uniform": 0.5,
+    "moelora-without-icd_chronic": 0.7, "lora-r16-sampled-uniform": 0.5, "lora-r16-sampled-proportional": 0.7,
+    "moelora-longer": 0.9, "lora-r16-longer": 0.6,
 }  # fmt: skip
 
 
@@ -71,14 +72,28 @@ def rows_of(text, name):
 def test_methods_that_are_better_alike_and_worse_win_tie_and_lose(made):
     *_, page, results = made
     rows = rows_of(page.read_text(), "methods")
-    verdicts = {name: cells[-2] for name, cells in rows.items() if name.startswith("instruction")}
+    verdicts = {name: cells[-3:-1] for name, cells in rows.items() if name.startswith("one epoch")}
     assert verdicts == {
-        "instruction: MOELoRA": "**win**", "instruction: MoLoRA": "tie", "instruction: Med-MoE-LoRA": "**loss**",
-        "instruction: AT-MoE": "–",
+        "one epoch: MOELoRA": ["**win**", "win"], "one epoch: MoLoRA": ["tie", "tie"],
+        "one epoch: Med-MoE-LoRA": ["**loss**", "loss"], "one epoch: AT-MoE": ["–", "–"],
     }  # fmt: skip
-    assert rows["instruction: AT-MoE"] == ["LoRA, rank 144, three epochs", "not run yet", "–", "–", "–", "–"]
-    assert rows_of(page.read_text(), "summary")["instruction: mean"] == ["4", "1", "1", "1", "1"]
-    found = {each["name"]: each for each in results["families"]["instruction: mean"]}
+    assert rows["one epoch: AT-MoE"] == ["LoRA, rank 144", "not run yet", "–", "–", "–", "–", "–"]
+    assert rows["three epochs: MOELoRA"][-3] == "**win**"
+    assert rows["three epochs: AT-MoE"] == rows["one epoch: AT-MoE"]
+    lines = [
+        line.strip("| ").split(" | ") for line in part(page.read_text(), "summary").splitlines() if "epoch" in line
+    ]
+    assert [(cells[0], cells[1], cells[4]) for cells in lines] == [
+        (when, name, {"MOELoRA": "**win**"}.get(name, other.get(name, "–")))
+        for when, other in (("one epoch", {"MoLoRA": "tie", "Med-MoE-LoRA": "**loss**"}), ("three epochs", {}))
+        for name in ("MOELoRA", "MoLoRA", "Med-MoE-LoRA", "AT-MoE")
+    ]
+    assert rows_of(page.read_text(), "others")["bare: mean"] == ["1", "–", "–", "0", "1"]
+    better, worse = rows_of(page.read_text(), "others")["ablations"][1:3]
+    assert better == "–"
+    at_equal_gates = [f"{name}, equal gates at test time" for name in ("MOELoRA", "MoLoRA", "Med-MoE-LoRA")]
+    assert worse.split("; ") == ["MOELoRA, a gate per layer", *at_equal_gates]
+    found = {each["name"]: each for each in results["families"]["one epoch: mean"]}
     for name, other in MATCHED.items():
         if name != "at_moe":
             assert (
@@ -92,7 +107,7 @@ def test_methods_that_are_better_alike_and_worse_win_tie_and_lose(made):
 
 def test_missing_comparisons_count_in_their_family(made):
     *_, results = made
-    there = [each for each in results["families"]["instruction: mean"] if each["verdict"]]
+    there = [each for each in results["families"]["one epoch: mean"] if each["verdict"]]
     assert len(there) == 3
     assert holm([each["p"] for each in there] + [1.0])[:3] == pytest.approx(
         [each["p_corrected"] for each in there], rel=1e-4
@@ -108,13 +123,13 @@ def test_missing_comparisons_count_in_their_family(made):
 def test_one_seed_has_a_score_and_no_verdict(made):
     *_, page, results = made
     text = page.read_text()
-    assert rows_of(text, "methods")["bare: MOELoRA"][1:] == ["not run yet", "–", "–", "–", "–"]
+    assert rows_of(text, "methods")["bare: MOELoRA"][1:] == ["not run yet", "–", "–", "–", "–", "–"]
     cells = rows_of(text, "scores-bare")["MOELoRA"]
     assert re.fullmatch(r"0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]", cells[0])
     assert cells[1:3] == ["1 of 3", f"{BEST:g}"]
     assert results["counts"]["bare: mean"] == {"win": 0, "tie": 0, "loss": 0, "missing": 1, "all": 1}
     assert results["scores"]["bare"]["moelora"]["targets"]["mean"]["covers"] == "inputs"
-    assert results["scores"]["instruction"]["moelora-r32-n4"]["targets"]["mean"]["covers"] == "inputs and seeds"
+    assert results["scores"]["instruction"]["moelora-r32-n8"]["targets"]["mean"]["covers"] == "inputs and seeds"
 
 
 def test_methods_with_one_planned_seed_are_in_no_family_and_stand_beside(made):
@@ -122,23 +137,51 @@ def test_methods_with_one_planned_seed_are_in_no_family_and_stand_beside(made):
     assert {each["name"] for each in results["families"]["bare: tasks"]} == {"moelora"}
     beside = {(each["name"], each["against"]) for each in results["beside"]["bare"]}
     assert beside == {("moelora", "lora-per-task")}
-    assert {each["name"] for each in results["beside"]["instruction"]} == {pair.name for pair in BESIDE}
-    assert "| bare | MOELoRA | a LoRA of rank 16 per task | not run yet | – | 1 of 3 |" in part(
-        page.read_text(), "beside"
-    )
+    assert {each["name"] for each in results["beside"]["one epoch"]} == {pair.name for pair in BESIDE}
+    assert "| bare | MOELoRA | a LoRA of rank 16 per task | not run yet | – |" in part(page.read_text(), "beside")
 
 
 def test_a_task_left_out_changes_the_mean_by_its_own_difference(made):
     *_, page, results = made
-    by_task = {each["target"]: each for each in results["families"]["instruction: tasks"] if each["name"] == "moelora"}
+    by_task = {each["target"]: each for each in results["families"]["one epoch: tasks"] if each["name"] == "moelora"}
     values = {task: each["difference"]["value"] for task, each in by_task.items()}
-    left = results["without_one_task"]["moelora"]
-    assert left.keys() == values.keys() == results["tasks"].keys()
-    for task, value in left.items():
-        assert value == pytest.approx((sum(values.values()) - values[task]) / 7, abs=1e-5)
+    left = {each["target"]: each["difference"] for each in results["without"]["one epoch"] if each["name"] == "moelora"}
+    assert left.keys() == {f"without {task}" for task in values}
     cells = rows_of(page.read_text(), "without-one-task")
-    assert cells["MOELoRA"][1:] == [f"{left[task]:+.3f}" for task in results["tasks"]]
-    assert cells["AT-MoE"] == ["not run yet", *"––––––––"]
+    for task, value in values.items():
+        found = left[f"without {task}"]
+        assert found["value"] == pytest.approx((sum(values.values()) - value) / 7, abs=1e-5)
+        assert cells[f"without {task}"][0] == f"{found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+        assert cells[f"without {task}"][3] == "not run yet"  # AT-MoE
+    assert re.fullmatch(r"0\.\d{3}", cells["all"][-1])
+
+
+def test_a_method_of_three_epochs_is_pooled_with_its_like(made):
+    *_, results = made
+    systems = results["scores"]["instruction"]
+    one, three = (systems[name]["targets"]["mean"]["standard_error"] for name in ("moelora", "moelora-longer"))
+    assert one != three
+    spread = results["seed_spread"]
+    assert spread["one epoch"]["mean"] != spread["three epochs"]["mean"]
+    assert spread["bare"]["mean"] is None  # one seed each
+
+
+def test_a_sweep_stands_beside_what_it_changes(made):
+    *_, page, results = made
+    cells = rows_of(page.read_text(), "experts")["MOELoRA, rank 32, 8 experts"]
+    found = next(each for each in results["sweeps"] if each["name"] == "moelora-r32-n8")
+    assert found["against"] == "moelora"
+    scores = [
+        results["scores"]["instruction"][name]["targets"]["mean"]["value"] for name in ("moelora-r32-n8", "moelora")
+    ]
+    assert found["difference"]["value"] == pytest.approx(scores[0] - scores[1], abs=1e-5)
+    assert cells[1:3] == [
+        f"{found['difference']['value']:+.3f} [{found['difference']['low']:+.3f}, {found['difference']['high']:+.3f}]",
+        "MOELoRA",
+    ]
+    drawn = rows_of(page.read_text(), "sampling-by-task")
+    assert [cells[0] for cells in drawn.values()] == ["250", "174", "121", "85", "59", "41", "29", "20"]
+    assert all(cells[2] == "not run yet" and cells[1].startswith(("+", "-")) for cells in drawn.values())
 
 
 def test_runs_that_answer_alike_throughout_are_counted(made):
@@ -202,7 +245,7 @@ def test_what_is_missing_is_said(made):
     rows = rows_of(text, "scores-instruction")
     assert rows["AT-MoE"] == ["not run yet", "0 of 3", *"––––––"]
     assert rows["base model"][1:] == ["1", *"––––", "1.5", "5.0"]
-    assert "`at_moe` (3)" in rows_of(text, "state")["main, instruction, final"][-1]
+    assert "AT-MoE (3)" in rows_of(text, "state")["main, instruction, final"][-1]
     assert rows_of(text, "state")["main, instruction, search"][-1] == "–"
     assert sum(entry["planned"] for entry in results["state"]) == len(forecast(setup, search_scores(setup)))
     held_out = [line.split(" | ") for line in part(text, "held-out").splitlines() if "icd_chronic" in line]
@@ -289,6 +332,10 @@ def test_gates_are_shown_by_depth(made):
     assert blocks["mutual_information"]["mean"] == pytest.approx(0.5)
     assert blocks["within"] == pytest.approx({"icd": 2 / 6, "rad": 1 / 6, "def": 1 / 6})
     assert results["routing"]["instruction"]["moelora"]["by_depth"] == [[None, 3]]
+    assert blocks["own"] is None
+    of_tasks = routing([{"routing": routing_for(setup, "at_moe")}], groups, 320, of_tasks=True)
+    assert of_tasks["own"] == pytest.approx((5 / 8 + 1) / 6)
+    assert of_tasks["clearest"]["experts"] == of_tasks["clearest"]["tasks"] == list(setup.tasks)
     assert routing([{}], groups, 320) is None
 
 

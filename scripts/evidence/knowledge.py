@@ -47,16 +47,38 @@ def of_all_sets(found: Sequence[General], base: General | None) -> dict[str, Any
     sets = list(found[0]["choice"])
     value = spread([mean(each["choice"][name]["acc"] for name in sets) for each in found])
     value |= {"n": sum(found[0]["choice"][name]["n"] for name in sets)}
-    if base is None:
-        return value | {"difference": None, "low": None, "high": None}
-    changes = [
-        np.mean([each["choice"][name]["correct"] for each in found], axis=0) - base["choice"][name]["correct"]
-        for name in sets
-    ]
-    difference = float(np.mean([change.mean() for change in changes]))
-    error = float(np.sqrt(sum(change.var(ddof=1) / len(change) for change in changes)) / len(sets))
+    return value | (change(found, [base]) if base else {"difference": None, "low": None, "high": None})
+
+
+def change(found: Sequence[General], others: Sequence[General]) -> dict[str, float]:
+    """The mean accuracy over sets minus that of others, means over seeds, with an interval of the questions."""
+    sets = list(found[0]["choice"])
+    changes = [right(found, name) - right(others, name) for name in sets]
+    difference = float(np.mean([each.mean() for each in changes]))
+    error = float(np.sqrt(sum(each.var(ddof=1) / len(each) for each in changes)) / len(sets))
     reach = float(stats.norm.ppf(0.975)) * error
-    return value | {"difference": difference, "low": difference - reach, "high": difference + reach}
+    return {"difference": difference, "low": difference - reach, "high": difference + reach}
+
+
+def right(found: Sequence[General], name: str) -> np.ndarray:
+    """The share of seeds that are right, for each question of a set."""
+    return np.mean([each["choice"][name]["correct"] for each in found], axis=0)
+
+
+def beside_other(records: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """General knowledge beside that of another system: ratios of perplexities, and the difference in accuracy.
+
+    None where one of them was not measured.
+    """
+    found, beside = ([each["general"] for each in some if "general" in each] for some in (records, others))
+    if not found or not beside:
+        return None
+    ratios = {
+        source: mean(each["perplexity"][source]["per_token"] for each in found)
+        / mean(each["perplexity"][source]["per_token"] for each in beside)
+        for source in found[0]["perplexity"]
+    }
+    return {"perplexity": ratios, "choice": change(found, beside)}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -64,13 +86,16 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"value": mean(values), "lowest": min(values), "highest": max(values)}
 
 
-def routing(records: Sequence[Mapping[str, Any]], groups: Mapping[str, str], rows: int) -> dict[str, Any] | None:
+def routing(
+    records: Sequence[Mapping[str, Any]], groups: Mapping[str, str], rows: int, *, of_tasks: bool = False
+) -> dict[str, Any] | None:
     """Mutual information of expert and task in bits, means over seeds; None where routing was not measured.
 
     Args:
         records: of a system's final runs.
-        groups: the group of each task.
+        groups: the group of each task, tasks in the order of the page.
         rows: how many rows the weights are means over.
+        of_tasks: whether each expert was trained on a task, in that order: AT-MoE's.
     """
     found = [record["routing"] for record in records if "routing" in record]
     if not found:
@@ -80,6 +105,8 @@ def routing(records: Sequence[Mapping[str, Any]], groups: Mapping[str, str], row
     within = {group: float(np.mean([each["within"][group] for each in measured])) for group in measured[0]["within"]}
     tasks, counts = len(found[0]["tasks"]), found[0]["counts"]
     clearest = int(np.argmax(measured[0]["mutual_information"]))
+    order = [found[0]["tasks"].index(task) for task in groups]
+    own = [np.array(each["layers"])[:, order].diagonal(axis1=1, axis2=2).mean() for each in found] if of_tasks else []
     return {
         "seeds": len(found),
         "experts": [min(counts), max(counts)],
@@ -92,12 +119,14 @@ def routing(records: Sequence[Mapping[str, Any]], groups: Mapping[str, str], row
         "ceiling": mean(ceiling(tasks, count) for count in counts),
         "within": within,
         "diversity": float(np.mean([each["diversity"] for each in measured])),
+        "own": mean(map(float, own)) if own else None,  # mean weight of a task's own expert
         "bias_bound": mean(bias_bound(tasks, count, rows) for count in counts),
         "by_depth": by_depth(found[0]["names"], by_layer.tolist()),
         "clearest": {  # of one seed, since experts have no order that seeds share
             "gate": found[0]["names"][clearest],
-            "tasks": found[0]["tasks"],
-            "weights": [weights[: counts[clearest]] for weights in found[0]["layers"][clearest]],
+            "tasks": list(groups),
+            "experts": list(groups) if of_tasks else [str(expert) for expert in range(counts[clearest])],
+            "weights": [found[0]["layers"][clearest][task][: counts[clearest]] for task in order],
         },
     }
 

@@ -29,7 +29,6 @@ ABLATED = {
     "medmoelora-descending": "Med-MoE-LoRA, descending schedule",
     "medmoelora-no-base-expert": "Med-MoE-LoRA, no base expert",
     "medmoelora-no-balance-loss": "Med-MoE-LoRA, no balance loss",
-    "medmoelora-strong-balance-loss": "Med-MoE-LoRA, balance loss of coefficient 1",
     "at_moe-flat": "AT-MoE, flat instead of grouped",
 }
 

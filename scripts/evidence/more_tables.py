@@ -4,21 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from cells import NONE, NOT_RUN, difference, millions, number, of_runs, score, signed, table
-from page_tables import (
-    Results,
-    beside,
-    by_task,
-    constant,
-    family,
-    gates,
-    longer,
-    provenance,
-    scores,
-    setup,
-    state,
-    summary,
-    without_one_task,
-)
+from comparison_tables import beside, family, family_by_task, others, summary, without_one_task
+from families import BARE, ONE, THREE
+from page_tables import Results, by_task, constant, named, provenance, scores, setup, state
+from routing_tables import costs, equal_gates, gates
 
 
 def searches(found: Results) -> str:
@@ -29,12 +18,11 @@ def searches(found: Results) -> str:
         values = {each["rate"]: number(each["score"], missing=NOT_RUN) for each in search["rates"]}
         if search["chosen"] is not None:
             values[search["chosen"]] = f"**{values[search['chosen']]}**"
-        label = found["labels"][search["system"]]
+        label = named(found, search["system"])
         several = len({each["protocol"] for each in found["searches"]}) > 1
-        rows.append(
-            [f"{search['protocol']}: {label}" if several else label, *(values.get(rate, NONE) for rate in rates)]
-        )
-    return table(["mean score on dev", *(f"{rate:g}" for rate in rates)], rows)
+        label = f"{search['protocol']}: {label}" if several else label
+        rows.append([label, *(values.get(rate, NONE) for rate in rates), number(search["lead"])])
+    return table(["mean score on dev", *(f"{rate:g}" for rate in rates), "lead"], rows)
 
 
 def general(found: Results) -> str:
@@ -47,7 +35,7 @@ def general(found: Results) -> str:
         if each is None:
             rows.append([found["labels"][name], NOT_RUN, *[NONE] * (len(sources) + 1)])
             continue
-        texts = [perplexity(each["perplexity"][source]) for source in sources]
+        texts = [perplexity(each["perplexity"][source], each["seeds"]) for source in sources]
         choice = each["choice"]["mean"]
         ends = f" ({choice['lowest']:.3f} to {choice['highest']:.3f})" if each["seeds"] > 1 else ""
         change = NONE if name == "base" or choice["difference"] is None else difference(of_choice(choice))
@@ -64,10 +52,21 @@ def of_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
     return {"value": choice["difference"], "low": choice["low"], "high": choice["high"]}
 
 
-def perplexity(entry: Mapping[str, Any]) -> str:
-    """A perplexity, and what it is of the base model's."""
-    ratio = "" if entry["ratio"] is None else f" (× {entry['ratio']:.2f})"
-    return f"{entry['value']:.2f}{ratio}"
+def perplexity(entry: Mapping[str, Any], seeds: int) -> str:
+    """A perplexity with the ends of its seeds, and what it is of the base model's."""
+    ends = f" ({entry['lowest']:.2f} to {entry['highest']:.2f})" if seeds > 1 else ""
+    ratio = "" if entry["ratio"] is None else f", × {entry['ratio']:.2f}"
+    return f"{entry['value']:.2f}{ends}{ratio}"
+
+
+def general_beside(found: Results) -> str:
+    """General knowledge of a method beside that of its LoRA: ratios of perplexities, difference in accuracy."""
+    rows = []
+    for each in found["general_beside"]:
+        names, there = [named(found, each[key]) for key in ("name", "against")], each["found"]
+        ratios = ", ".join(f"{source} {ratio:.2f}" for source, ratio in there["perplexity"].items()) if there else NONE
+        rows.append([*names, difference(of_choice(there["choice"])) if there else NOT_RUN, ratios])
+    return table(["system", "against", "difference in accuracy", "perplexity, as a ratio"], rows)
 
 
 def choices(found: Results) -> str:
@@ -115,41 +114,31 @@ def sweep(experiment: str, *first: str) -> Any:
     """An exploratory experiment, behind the systems of the main one that belong into its row."""
 
     def made(found: Results) -> str:
-        there = found["scores"]["instruction"]
+        there, pairs = found["scores"]["instruction"], {each["name"]: each for each in found["sweeps"]}
         names = [*first, *(name for name, each in there.items() if each["experiment"] == experiment)]
         rows = []
         for name in names:
             entry, stages = there[name], there[name].get("all_stages")
             value = score(entry["targets"]["mean"] if entry["targets"] else None)
+            pair = pairs.get(name)
+            against = [difference(pair["difference"]), named(found, pair["against"])] if pair else [NONE, NONE]
             bits = found["routing"]["instruction"].get(name)
             told = number(bits["mutual_information"]["mean"], ".2f") if bits else NONE
             size = millions(stages["trainable"]) if stages else NONE
             rate = number(entry.get("learning_rate"), "g")
-            rows.append([found["labels"][name], value, of_runs(entry), rate, size, told])
-        return table(["system", "mean score", "seeds", "rate", "trained", "bits"], rows)
+            rows.append([named(found, name), value, *against, of_runs(entry), rate, size, told])
+        return table(["system", "mean score", "difference", "from", "seeds", "rate", "trained", "bits"], rows)
 
     return made
 
 
-def costs(found: Results) -> str:
-    """Time of choosing experts for a task, a prompt or a token, beside a stock LoRA."""
-    steps = {"train": "training step", "prefill": "prefill", "generate_1": "generate, 1 row", "generate_8": "8 rows"}
-    rows = [
-        [label, chosen, *(number(found["costs"].get(method, {}).get(step), ".2f") for step in steps)]
-        for method, (label, chosen) in CHOSEN.items()
-    ]
-    return table(["time, LoRA of the same rank = 1", "experts are chosen", *steps.values()], rows)
-
-
-CHOSEN = {
-    "moelora_one_task": ("MOELoRA, rows of one task", "once for a task"),
-    "moelora": ("MOELoRA, rows of different tasks", "once for a task"),
-    "at_moe_prompt": ("AT-MoE, routed by prompt", "once for a prompt"),
-    "at_moe": ("AT-MoE", "for each token"),
-    "molora": ("MoLoRA", "for each token"),
-    "medmoelora": ("Med-MoE-LoRA", "for each token"),
-    "lora": ("stock LoRA again", NONE),
-}
+def sampling_by_task(found: Results) -> str:
+    """What drawing tasks evenly changes for tasks with many and with few rows."""
+    of_task: dict[str, list[str]] = {}
+    for each in found["sampling"]:
+        of_task.setdefault(each["target"], [str(each["rows"])]).append(difference(each["difference"]))
+    names = list(dict.fromkeys(named(found, each["name"]) for each in found["sampling"]))
+    return table(["task", "training rows", *names], [[task, *cells] for task, cells in of_task.items()])
 
 
 def unstable(found: Results) -> str:
@@ -179,33 +168,38 @@ def seeds(found: Results) -> str:
 TABLES = {
     "state": state,
     "summary": summary,
+    "others": others,
     "setup": setup,
     "provenance": provenance,
     "searches": searches,
     "scores-instruction": scores("instruction"),
     "scores-bare": scores("bare"),
+    "scores-longer": scores("instruction", "longer"),
     "tasks-instruction": by_task("instruction"),
     "tasks-bare": by_task("bare"),
-    "methods": family("instruction: mean", "bare: mean"),
-    "without-one-task": without_one_task,
+    "methods": family(f"{ONE}: mean", f"{THREE}: mean", f"{BARE}: mean"),
+    "without-one-task": without_one_task(ONE),
+    "without-one-task-longer": without_one_task(THREE),
     "constant": constant,
     "beside": beside,
-    "longer-scores": scores("instruction", "longer"),
-    "longer": longer,
-    "methods-by-task-instruction": family("instruction: tasks"),
-    "methods-by-task-bare": family("bare: tasks"),
+    "methods-by-task-one": family_by_task(ONE),
+    "methods-by-task-three": family_by_task(THREE),
+    "methods-by-task-bare": family_by_task(BARE),
     "ablations": family("ablations"),
     "ablated-scores": scores("instruction", "ablations"),
     "general": general,
+    "general-beside": general_beside,
     "choices": choices,
     "gates": gates,
+    "equal-gates": equal_gates,
     "costs": costs,
     "composite": composite,
     "held-out": held_out,
     "experts": sweep("experts", "moelora", "molora"),
     "ranks": sweep("rank", "lora-r16", "moelora", "molora"),
     "sampling": sweep("sampling"),
-    "variants": sweep("variants", "molora", "medmoelora"),
+    "sampling-by-task": sampling_by_task,
+    "variants": sweep("variants", "molora"),
     "unstable": unstable,
     "seeds": seeds,
 }

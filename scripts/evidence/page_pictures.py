@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib as mpl
 
 mpl.use("Agg")
+from families import LONG, ONE, PARTS, THREE
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -37,22 +38,24 @@ WIDTH = 5.2  # inches
 
 def of_scores(found: Results) -> Figure | None:
     """Mean scores with intervals."""
-    panels = {
-        protocol: {name: each["targets"]["mean"] for name, each in systems.items() if is_shown(name, each)}
-        for protocol, systems in found["scores"].items()
-    }
+    panels: dict[str, dict[str, Any]] = {}
+    for protocol, systems in found["scores"].items():
+        for name, each in systems.items():
+            if is_shown(name, each):
+                part = THREE if name in LONG else {"instruction": ONE}.get(protocol, protocol)
+                panels.setdefault(part, {})[name] = each["targets"]["mean"]
     return intervals(found, panels, "mean score on test")
 
 
 def of_differences(found: Results) -> Figure | None:
     """Differences to the LoRA with a method's parameters."""
     panels = {
-        protocol: {
+        part: {
             each["name"]: each["difference"]
-            for each in found["families"][f"{protocol}: mean"]
+            for each in found["families"][f"{part}: mean"]
             if each["difference"] is not None
         }
-        for protocol in found["scores"]
+        for part in PARTS
     }
     return intervals(found, panels, "mean score minus that of the matched LoRA", zero=True)
 
@@ -60,8 +63,8 @@ def of_differences(found: Results) -> Figure | None:
 def intervals(
     found: Results, panels: Mapping[str, Mapping[str, Any]], label: str, *, zero: bool = False
 ) -> Figure | None:
-    """A panel for each protocol that has systems, a line for each of them."""
-    panels = {protocol: systems for protocol, systems in panels.items() if systems}
+    """A panel for each part that has systems, a line for each of them."""
+    panels = {part: systems for part, systems in panels.items() if systems}
     if not panels:
         return None
     sizes = [len(systems) for systems in panels.values()]
@@ -69,16 +72,16 @@ def intervals(
         len(panels), 1, figsize=(WIDTH, 1.0 + sum(0.7 + 0.3 * size for size in sizes)), squeeze=False, sharex=True,
         height_ratios=[size + 1 for size in sizes], layout="constrained",
     )  # fmt: skip
-    for axis, (protocol, systems) in zip(axes[:, 0], panels.items(), strict=True):
+    for axis, (part, systems) in zip(axes[:, 0], panels.items(), strict=True):
         for row, (name, each) in enumerate(systems.items()):
-            colour, marker = STYLES[name]
+            colour, marker = style(name)
             axis.plot([each["low"], each["high"]], [row, row], color=colour, linewidth=1.5)
             axis.plot(each["value"], row, marker, color=colour, markersize=6)
         if zero:
             axis.axvline(0, color="grey", linewidth=0.8, linestyle="--")
         axis.set_yticks(range(len(systems)), [wrapped(found["labels"][name]) for name in systems])
         axis.set_ylim(len(systems) - 0.5, -0.5)
-        axis.set_title(protocol, fontsize="medium", loc="left")
+        axis.set_title(part, fontsize="medium", loc="left")
         axis.grid(axis="x", color="0.9")
     axes[-1, 0].set_xlabel(label)
     return figure
@@ -107,7 +110,7 @@ def of_rates(found: Results) -> Figure | None:
 def of_parameters(found: Results) -> Figure | None:
     """Mean scores over the parameters that were trained, in all stages."""
     panels = {
-        protocol: {name: each for name, each in systems.items() if name != "base" and is_shown(name, each)}
+        protocol: {n: e for n, e in systems.items() if n not in ("base", *LONG) and is_shown(n, e)}
         for protocol, systems in found["scores"].items()
     }
     panels = {protocol: systems for protocol, systems in panels.items() if systems}
@@ -117,7 +120,8 @@ def of_parameters(found: Results) -> Figure | None:
     for axis, systems in zip(axes, panels.values(), strict=True):
         for name, each in systems.items():
             (colour, marker), mean = STYLES[name], each["targets"]["mean"]
-            size = each["all_stages"]["trainable"] / 1e6
+            apart = 1.03 if name in METHODS else 1 / 1.03  # or a method would lie on its LoRA
+            size = each["all_stages"]["trainable"] / 1e6 * apart
             axis.plot([size, size], [mean["low"], mean["high"]], color=colour, linewidth=1.2)
             axis.plot(size, mean["value"], marker, color=colour, label=found["labels"][name])
         axis.grid(color="0.9")
@@ -165,8 +169,10 @@ def of_experts(found: Results) -> Figure | None:
         figure.colorbar(image, ax=axis)
         axis.set_title(f"{found['labels'][name]}: {each['gate']}", fontsize="small", loc="left")
         axis.set_yticks(range(len(each["tasks"])), each["tasks"], fontsize="small")
-        axis.set_xticks(range(len(each["weights"][0])))
-    axes[-1, 0].set_xlabel("expert")
+        axis.set_xticks(range(len(each["experts"])), each["experts"], fontsize="small")
+        if each["experts"] == each["tasks"]:
+            axis.tick_params(axis="x", rotation=90)
+        axis.set_xlabel("expert")
     return figure
 
 
@@ -191,7 +197,8 @@ def of_general(found: Results) -> Figure | None:
     size = (WIDTH, (len(sources) + 1) * (0.9 + 0.34 * len(after)))
     figure, axes = plt.subplots(len(sources) + 1, 1, figsize=size, squeeze=False, layout="constrained")
     titles = [f"perplexity of {source}, base model = 1" for source in sources]
-    titles += ["accuracy, minus the base model's"]
+    titles = [f"{title} (line: seeds)" for title in titles]
+    titles += ["accuracy, minus the base model's (line: interval of questions)"]
     for axis, title in zip(axes[:, 0], titles, strict=True):
         axis.set_title(title, fontsize="medium", loc="left")
         axis.axvline(float(title != titles[-1]), color="grey", linewidth=0.8, linestyle="--")
@@ -212,7 +219,12 @@ def of_general(found: Results) -> Figure | None:
 
 def is_shown(name: str, entry: Mapping[str, Any]) -> bool:
     """Whether a system is in pictures of the main experiment."""
-    return name in STYLES and entry["experiment"] == "main" and entry["targets"] is not None
+    return entry["experiment"] in ("main", "longer") and entry["targets"] is not None
+
+
+def style(name: str) -> tuple[str, str]:
+    """Colour and marker of a system, the same after one epoch and after three."""
+    return STYLES[name.removesuffix("-longer")]
 
 
 def wrapped(label: str) -> str:

@@ -6,16 +6,12 @@ from typing import Any
 from cells import (
     NONE,
     NOT_RUN,
-    difference,
     millions,
     minutes,
     number,
     of_runs,
-    probability,
     score,
-    signed,
     table,
-    verdict,
 )
 
 Results = Mapping[str, Any]
@@ -25,8 +21,9 @@ def state(found: Results) -> str:
     """What is done, and what is missing."""
     rows = []
     for entry in found["state"]:
-        left = ", ".join(f"`{system}` ({runs})" for system, runs in entry["missing"].items()) or NONE
-        what = f"{entry['experiment']}, {entry['protocol']}, {entry['purpose']}"
+        missing = [f"{named(found, system)} ({runs})" for system, runs in entry["missing"].items()]
+        what = f"{entry['experiment'].replace('_', ' ')}, {entry['protocol']}, {entry['purpose']}"
+        left = "; ".join(missing) or NONE
         rows.append([what, str(entry["planned"]), str(entry["done"]), left if entry["done"] else "all"])
     text = table(["runs", "planned", "done", "missing, and how many"], rows)
     if found["unplanned"]:
@@ -35,13 +32,18 @@ def state(found: Results) -> str:
     return text
 
 
+def named(found: Results, system: str) -> str:
+    """What the page calls a system."""
+    return str(found["labels"][system])
+
+
 def setup(found: Results) -> str:
     """What all runs have in common, and the flags of each system."""
     given = found["setup"]
     rates = ", ".join(f"{rate:g}" for rate in given["rates"])
     below, above = (", ".join(f"{rate:g}" for rate in each) for each in given["beyond"])
     seeds = "; ".join(f"{name.replace('_', ' ')}: {', '.join(map(str, each))}" for name, each in given["seeds"].items())
-    flags = " ".join(f"`{name}={value}`" for name, value in given["flags"].items())
+    flags = " ".join(f"`--{name} {value}`" for name, value in given["flags"].items())
     rows = [
         ["base model", f"`{given['model']}`"],
         ["rows", f"`{given['data']}`"],
@@ -57,13 +59,15 @@ def setup(found: Results) -> str:
         ["training, all runs", flags],
     ]
     systems = [
-        [
-            found["labels"][name],
-            " ".join(f"`{flag}={value}`" for flag, value in flags.items() if flag != "lora_dropout"),
-        ]
+        f"* *{named(found, name)}*: " + " ".join(f"`--{flag} {words(value)}`" for flag, value in flags.items())
         for name, flags in given["systems"].items()
     ]
-    return table(["", ""], rows) + "\n\n" + table(["system", "its flags"], systems)
+    return table(["", ""], rows) + "\n\nThe flags of each system:\n\n" + "\n".join(systems)
+
+
+def words(value: Any) -> str:
+    """A flag's value as on a command line."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def provenance(found: Results) -> str:
@@ -77,21 +81,12 @@ def provenance(found: Results) -> str:
     ]
     versions = [", ".join(f"{name} {value}" for name, value in each.items()) for each in given["versions"]]
     rows = [
-        ["commits (+: with changes)", ", ".join(f"`{each}`" for each in given["commits"])],
+        ["commits", ", ".join(f"`{each[:10]}`{'+' * each.endswith('+')}" for each in given["commits"])],
         ["versions", "; ".join(versions)],
         ["machines", "; ".join(machines)],
         ["CPU hours of these runs", number(given["hours"], ".3f")],
     ]
     return table(["", ""], rows)
-
-
-def summary(found: Results) -> str:
-    """How many comparisons were won, tied and lost."""
-    rows = [
-        [name, *(str(counted[each]) for each in ("all", "win", "tie", "loss", "missing"))]
-        for name, counted in found["counts"].items()
-    ]
-    return table(["family", "comparisons", "won", "tied", "lost", NOT_RUN], rows)
 
 
 def scores(protocol: str, experiment: str = "main") -> Callable[[Results], str]:
@@ -147,59 +142,6 @@ def by_task(protocol: str) -> Callable[[Results], str]:
     return made
 
 
-def family(*names: str) -> Callable[[Results], str]:
-    """The comparisons of families with their verdicts."""
-
-    def made(found: Results) -> str:
-        head = ["what", "against", "difference", "p", "p, corrected", "verdict", "detectable"]
-        rows = []
-        for name in names:
-            protocol = name.partition(":")[0] if ":" in name else ""
-            for each in found["families"][name]:
-                parts = [protocol] if len(names) > 1 else []
-                parts += [each["target"]] if each["target"] != "mean" else []
-                what = ": ".join([*parts, found["labels"][each["name"]]])
-                values = [probability(each.get(key), found["smallest_p"]) for key in ("p", "p_corrected")]
-                values += [verdict(each), number(each.get("detectable_corrected"))]
-                rows.append([what, found["labels"][each["against"]], difference(each["difference"]), *values])
-        return table(head, rows)
-
-    return made
-
-
-def beside(found: Results) -> str:
-    """Comparisons of methods without a verdict."""
-    rows = [
-        [protocol, *of_pair(found, each), of_runs(found["scores"][protocol][each["name"]])]
-        for protocol, comparisons in found["beside"].items()
-        for each in comparisons
-    ]
-    return table(["protocol", "method", "against", "difference", "p, not corrected", "seeds"], rows)
-
-
-def longer(found: Results) -> str:
-    """Comparisons of what was trained for longer."""
-    rows = [of_pair(found, each) for each in found["longer"]]
-    return table(["what", "against", "difference", "p, not corrected"], rows)
-
-
-def of_pair(found: Results, each: Mapping[str, Any]) -> list[str]:
-    """The cells of a comparison without a verdict."""
-    names = [found["labels"][each[key]] for key in ("name", "against")]
-    return [*names, difference(each["difference"]), probability(each.get("p"), found["smallest_p"])]
-
-
-def without_one_task(found: Results) -> str:
-    """The difference of the means when any one of the tasks is left out."""
-    tasks, rows = list(found["tasks"]), []
-    for each in found["families"]["instruction: mean"]:
-        left, cells = found["without_one_task"].get(each["name"]), [NOT_RUN, *[NONE] * len(tasks)]
-        if left:
-            cells = [signed(value) for value in (each["difference"]["value"], *(left[task] for task in tasks))]
-        rows.append([found["labels"][each["name"]], *cells])
-    return table(["difference of the means", "of all tasks", *(f"without {task}" for task in tasks)], rows)
-
-
 def constant(found: Results) -> str:
     """Runs that gave all rows of a task the same answer."""
     rows = []
@@ -213,51 +155,11 @@ def constant(found: Results) -> str:
     return table(["system", "tasks, and in how many of its runs"], rows)
 
 
-def gates(found: Results) -> str:
-    """What equal gates at test time do, and how much gates tell about tasks."""
-    rows = []
-    for protocol, routed in found["routing"].items():
-        for name, routing in routed.items():
-            entry = found["scores"][protocol][name]
-            missing = name in ROUTED and entry["targets"] is None
-            if entry["experiment"] not in ("main", "ablations") or (routing is None and not missing):
-                continue
-            asked = found["equal_gates"][protocol].get(name)
-            rows.append([f"{protocol}: {found['labels'][name]}", *of_routing(routing), *of_equal_gates(asked, name)])
-    head = ["system", "seeds", "gates", "bits", "of at most", "bias up to", "in groups", "diversity"]
-    return table([*head, "score at equal gates", "change"], rows)
-
-
-def of_routing(routing: Mapping[str, Any] | None) -> list[str]:
-    """The cells of a system's gates."""
-    if routing is None:
-        return [NOT_RUN] + [NONE] * 6
-    bits = routing["mutual_information"]
-    within = ", ".join(f"{group} {value:.2f}" for group, value in routing["within"].items())
-    return [
-        str(routing["seeds"]),
-        str(routing["gates"]),
-        f"{bits['mean']:.2f} ({bits['lowest']:.2f} to {bits['highest']:.2f})",
-        f"{routing['ceiling']:.2f}",
-        f"{routing['bias_bound']:.2f}",
-        within,
-        f"{routing['diversity']:.2f}",
-    ]
-
-
-def of_equal_gates(asked: Mapping[str, Any] | None, name: str) -> list[str]:
-    """The cells of a system at equal gates, which only the methods have."""
-    if asked is None:
-        return [NOT_RUN if name in ROUTED else NONE] * 2
-    return [score(asked["score"]), difference(asked["difference"])]
-
-
 SIMPLE = {
     "most_common": "*most common answer*",
     "nearest": "*answer of the nearest input, TF-IDF*",
     "regression": "*logistic regression on TF-IDF*",
 }
-ROUTED = ("moelora", "molora", "medmoelora", "at_moe")
 
 
 def entries(found: Results, protocol: str, experiment: str) -> dict[str, Any]:

@@ -7,7 +7,10 @@ from statistics import mean
 from typing import Any
 
 from families import (
-    BESIDE_LONGER,
+    KNOWING,
+    ONE,
+    PARTS,
+    THREE,
     Pair,
     compare,
     counts,
@@ -16,16 +19,19 @@ from families import (
     of_ablations,
     of_methods,
     of_others,
+    of_sweeps,
 )
 from grid import SYSTEMS
-from knowledge import general, routing
+from knowledge import beside_other, general, routing
 from labels import labels
 from records import AT_EQUAL_GATES, TEST_ROWS, Finals, Record, Records, equal_gates, systems_of
+from rows import sizes
 from setups import ROOT
 from simple import simple
 from stats import LEVEL, Study
 from tallies import Sheet, System
 from times import times, vectors
+from variance import without
 from verdicts import POWER
 
 SMALLEST_P = 0.001  # smaller ones are shown as such
@@ -50,27 +56,37 @@ def build(records: Records, *, draws: int = 10_000) -> Numbers:
     found["state"], found["unplanned"] = records.state(), records.unplanned
     found["searches"] = searches(records)
     found["simple"] = simple(records.setup)
-    studies = {protocol: main_study(records, protocol, draws) for protocol in records.setup.protocols}
+    studies = {name: part_study(records, name, draws) for name in PARTS}
     gates = {protocol: gate_study(records, protocol, draws) for protocol in records.setup.protocols}
-    found["scores"] = {
-        name: scores(study, records.of(name, TEST_ROWS), records.sheet) for name, study in studies.items()
-    }
-    found["unstable"] = {name: study.unstable if study else {} for name, study in studies.items()}
-    found["families"] = families(records, studies, gates)
-    found["without_one_task"] = without_one_task(found["families"]["instruction: tasks"])
+    found["scores"] = {protocol: all_scores(records, protocol, studies) for protocol in records.setup.protocols}
+    found["unstable"] = {name: unstable(study) for name, study in studies.items()}
+    found["seed_spread"] = {name: seed_spread(study) for name, study in studies.items()}
+    found["families"] = families(records, studies, gates["instruction"])
     found["counts"] = {name: counts(family) for name, family in found["families"].items()}
-    found["beside"] = {
-        name: beside(records, name, study, of_others(planned(records, name))) for name, study in studies.items()
+    found["without"] = {
+        name: made(records, name, studies[name], of_methods(PARTS[name], planned(records, name), targets))
+        for name, targets in ((each, [without(task) for task in groups]) for each in (ONE, THREE))
     }
-    found["longer"] = beside(records, "instruction", studies["instruction"], BESIDE_LONGER)
+    found["beside"] = {
+        name: made(records, name, study, of_others(planned(records, name))) for name, study in studies.items()
+    }
+    found["sweeps"] = made(records, ONE, studies[ONE], of_sweeps())
+    found["sampling"] = sampling(records, studies[ONE])
     found["equal_gates"] = {name: at_equal_gates(study) for name, study in gates.items()}
     found["composite"] = composite(records, draws)
     found["held_out"] = held_out(records, draws)
     base = next((each["general"] for each in done(records, "base") if "general" in each), None)
     finals = records.of("instruction", ("main", "ablations"))
     found["general"] = {name: general(each.done, base) for name, each in finals.items()}
+    found["general_beside"] = [
+        {"name": name, "against": other, "found": beside_other(finals[name].done, finals[other].done)}
+        for name, other in KNOWING
+    ]
     found["routing"] = {
-        protocol: {name: routing(each.done, groups, rows) for name, each in records.of(protocol, TEST_ROWS).items()}
+        protocol: {
+            name: routing(each.done, groups, rows, of_tasks=name.startswith("at_moe"))
+            for name, each in records.of(protocol, TEST_ROWS).items()
+        }
         for protocol in records.setup.protocols
     }
     found["routing_rows"], found["costs"] = rows, costs()
@@ -78,12 +94,12 @@ def build(records: Records, *, draws: int = 10_000) -> Numbers:
 
 
 def costs() -> Numbers:
-    """Time beside a stock LoRA of the same rank, by method and step of a whole model, from scripts/bench."""
+    """Time beside stock LoRAs, by method, step of a whole model and kind of LoRA, from scripts/bench."""
     rows = json.loads((ROOT / COSTS).read_text(encoding="utf-8"))["rows"]
     found: Numbers = {}
     for row in rows:
         if row["dtype"] == "fp32" and "ratios" in row:
-            found.setdefault(row["method"], {})[row["step"]] = row["ratios"]["total"]["median"]
+            found.setdefault(row["method"], {})[row["step"]] = row["ratios"]
     return found
 
 
@@ -118,28 +134,51 @@ def provenance(records: Records) -> Numbers:
 
 
 def searches(records: Records) -> list[Numbers]:
-    """Learning rates and their scores on dev."""
+    """Learning rates and their scores on dev, and by how much the best is ahead of the second."""
     return [
-        {"protocol": protocol, "system": system, "chosen": chosen}
+        {"protocol": protocol, "system": system, "chosen": chosen, "lead": lead(rates)}
         | {"rates": [{"rate": rate, "score": score} for rate, score in rates.items()]}
         for protocol, system, rates, chosen in records.searches()
     ]
 
 
-def main_study(records: Records, protocol: str, draws: int) -> Study | None:
-    """All systems of a protocol that answered all test rows."""
-    return study_of(systems_of(records.sheet, records.of(protocol, TEST_ROWS)), draws)
+def lead(rates: Mapping[float, float | None]) -> float | None:
+    """The best score minus the second; None while some are missing."""
+    scores = sorted(score for score in rates.values() if score is not None)
+    return scores[-1] - scores[-2] if len(scores) == len(rates) > 1 else None
+
+
+def part_study(records: Records, name: str, draws: int) -> Study | None:
+    """All systems of a part of the experiment that answered all test rows."""
+    return study_of(systems_of(records.sheet, finals_of(records, name)), draws)
+
+
+def finals_of(records: Records, name: str) -> dict[str, Finals]:
+    """The systems of a part of the experiment, those without runs too."""
+    part = PARTS[name]
+    return {system: each for system, each in records.of(part.protocol, TEST_ROWS).items() if part.has(system)}
 
 
 def gate_study(records: Records, protocol: str, draws: int) -> Study | None:
     """The complete methods beside themselves with equal gates: a study of its own, as these were not trained so."""
-    complete = {name: each for name, each in records.of(protocol, ("main",)).items() if each.complete}
-    return study_of(equal_gates(records.sheet, complete), draws)
+    there = {name: each for name, each in records.of(protocol, ("main",)).items() if each.complete}
+    return study_of(equal_gates(records.sheet, there), draws)
 
 
 def study_of(systems: Mapping[str, System], draws: int) -> Study | None:
     """A study, if there are systems."""
     return Study(systems, draws=draws) if systems else None
+
+
+def all_scores(records: Records, protocol: str, studies: Mapping[str, Study | None]) -> Numbers:
+    """Scores of the systems of a protocol; AT-MoE's are those beside the systems of one epoch."""
+    found: Numbers = {}
+    for name, part in PARTS.items():
+        if part.protocol == protocol:
+            new = {system: each for system, each in finals_of(records, name).items() if system not in found}
+            found |= scores(studies[name], new, records.sheet)
+    order = records.of(protocol, TEST_ROWS)
+    return {system: found[system] for system in order}
 
 
 def scores(study: Study | None, finals: Mapping[str, Finals], sheet: Sheet) -> Numbers:
@@ -151,8 +190,25 @@ def scores(study: Study | None, finals: Mapping[str, Finals], sheet: Sheet) -> N
 
 
 def estimates(study: Study, name: str) -> Numbers:
-    """The scores of a system by target."""
-    return {target: asdict(estimate) for target, estimate in study.estimate(name).items()}
+    """The scores of a system by task, and their mean."""
+    return {target: asdict(estimate) for target, estimate in study.estimate(name).items() if is_shown(study, target)}
+
+
+def is_shown(study: Study, target: str) -> bool:
+    """Whether a target is a task or the mean of all."""
+    return target in study.sheet.tasks or target == "mean"
+
+
+def unstable(study: Study | None) -> dict[str, list[str]]:
+    """By task and for the mean, the systems whose seeds differ more than those of the others."""
+    found = study.seeds.unstable.items() if study else ()
+    return {target: names for target, names in found if study and is_shown(study, target)}
+
+
+def seed_spread(study: Study | None) -> dict[str, float | None]:
+    """The standard deviation of one run's score from its seed, by target; None where no system has several seeds."""
+    found = study.seeds.shared.items() if study else ()
+    return {target: seeds.observed**0.5 if seeds.observed else None for target, seeds in found}
 
 
 def described_runs(finals: Finals, sheet: Sheet) -> Numbers:
@@ -184,47 +240,43 @@ def constant(done: Sequence[Record], sheet: Sheet) -> dict[str, int]:
     return {name: runs for name, runs in found.items() if runs}
 
 
-def families(records: Records, studies: Mapping[str, Study | None], gates: Mapping[str, Study | None]) -> Numbers:
+def families(records: Records, studies: Mapping[str, Study | None], gates: Study | None) -> Numbers:
     """Verdicts, by family: see families.py."""
     found = {}
-    for protocol, study in studies.items():
-        complete = {name for name, each in records.of(protocol, TEST_ROWS).items() if each.complete}
-        runs = planned(records, protocol)
-        found[f"{protocol}: mean"] = judged(compare(study, of_methods(runs), complete))
-        found[f"{protocol}: tasks"] = judged(compare(study, of_methods(runs, records.setup.tasks), complete))
-        if protocol == "instruction":
-            asked = gates[protocol]
-            made = compare(study, of_ablations(), complete)
-            made |= {
-                pair: comparison
-                for pair, comparison in compare(asked, of_ablations(), set(asked.systems if asked else ())).items()
-                if pair.name == AT_EQUAL_GATES.format(pair.other)
-            }
-            found["ablations"] = judged(made)
+    for name, part in PARTS.items():
+        runs = planned(records, name)
+        for kind, targets in (("mean", ("mean",)), ("tasks", records.setup.tasks)):
+            pairs = of_methods(part, runs, targets)
+            found[f"{name}: {kind}"] = judged(compare(studies[name], pairs, complete(records, name)))
+    ablations = compare(studies[ONE], of_ablations(), complete(records, ONE))
+    asked = [pair for pair in of_ablations() if pair.name == AT_EQUAL_GATES.format(pair.other)]
+    ablations |= compare(gates, asked, set(gates.systems if gates else ()))
+    found["ablations"] = judged(ablations)
     return found
 
 
-def without_one_task(family: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """The difference of the means when a task is left out, by method and that task, from its differences by task."""
-    by_task: dict[str, dict[str, float]] = {}
-    for each in family:
-        if each["difference"] is not None:
-            by_task.setdefault(each["name"], {})[each["target"]] = each["difference"]["value"]
-    return {
-        name: {task: mean(value for other, value in values.items() if other != task) for task in values}
-        for name, values in by_task.items()
-    }
+def planned(records: Records, name: str) -> dict[str, int]:
+    """How many runs each system of a part has in the plan."""
+    return {system: len(each.planned) for system, each in finals_of(records, name).items()}
 
 
-def planned(records: Records, protocol: str) -> dict[str, int]:
-    """How many runs each system has in the plan."""
-    return {name: len(each.planned) for name, each in records.of(protocol, TEST_ROWS).items()}
+def complete(records: Records, name: str) -> set[str]:
+    """The systems of a part that have all their seeds."""
+    return {system for system, each in finals_of(records, name).items() if each.complete}
 
 
-def beside(records: Records, protocol: str, study: Study | None, pairs: Iterable[Pair]) -> list[Numbers]:
-    """Comparisons without verdicts."""
-    complete = {name for name, each in records.of(protocol, TEST_ROWS).items() if each.complete}
-    return [described(pair, comparison) for pair, comparison in compare(study, pairs, complete).items()]
+def made(records: Records, name: str, study: Study | None, pairs: Iterable[Pair]) -> list[Numbers]:
+    """Comparisons within a part, without verdicts."""
+    return [described(pair, each) for pair, each in compare(study, pairs, complete(records, name)).items()]
+
+
+def sampling(records: Records, study: Study | None) -> list[Numbers]:
+    """By task, its training rows, and what drawing tasks evenly changes beside drawing them in proportion to these."""
+    rows = sizes(records.setup)
+    pairs = [
+        Pair(pair.name, pair.other, task) for task in rows for pair in of_sweeps() if pair.name.endswith("-uniform")
+    ]
+    return [each | {"rows": rows[each["target"]]} for each in made(records, ONE, study, pairs)]
 
 
 def at_equal_gates(study: Study | None) -> Numbers:

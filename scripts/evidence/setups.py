@@ -117,7 +117,7 @@ def full() -> Setup:
     Training has half of the inputs, the bare protocol takes the other's rates, and what only looks around has one seed.
     """
     data, folder = "data/medmulti/mini", "runs/evidence"
-    once = dict.fromkeys(("longer", "composite", "held_out", "sampling", "variants", "experts", "rank", "untold"), (1,))
+    once = dict.fromkeys(("composite", "held_out", "sampling", "variants", "experts", "rank", "untold"), (1,))
     return Setup(
         f"{folder}/model",
         data,

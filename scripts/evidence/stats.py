@@ -14,8 +14,10 @@ degrees of freedom of the variance. Percentiles, because scores are nearly linea
 acceleration of BCa is not defined for two crossed ways of drawing.
 
 What a p-value is about: `p` asks whether the methods differ, over inputs and seeds (t, with Satterthwaite's degrees of
-freedom): verdicts are taken from it. `p_inputs` asks whether these trained adapters differ (all answers to an input
-exchanged between the two systems, at random: Noreen 1989); where seeds differ it says too often that methods do.
+freedom): verdicts are taken from it. `p_own` is the same with the variance of the two systems' own seeds, few as they
+are: a verdict that it does not share rests on the seeds of other systems. `p_inputs` asks whether these trained
+adapters differ (all answers to an input exchanged between the two systems, at random: Noreen 1989); where seeds differ
+it says too often that methods do.
 
 scipy's bootstrap and permutation_test take one way of drawing and one statistic; here are strata, two ways, and all
 tasks from the same draws. Tests hold both to scipy where they can be compared. Shapes: B draws · J seeds · I inputs
@@ -30,7 +32,7 @@ from functools import cached_property
 import numpy as np
 from scipy import stats
 from tallies import Array, System, value
-from variance import Seeds, influences, pool, scores, variance_of_inputs, with_mean
+from variance import Seeds, influences, pool, scores, variance_of_inputs, with_means
 
 LEVEL = 0.05
 
@@ -50,21 +52,29 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A difference between two systems, its p-value over inputs and seeds, and that over inputs alone."""
+    """A difference between two systems, its p-value over inputs and seeds, and that over inputs alone.
+
+    `p_own` is that over inputs and the seeds of these two systems; None where one of them has a single seed.
+    """
 
     difference: Estimate
     p: float
     p_inputs: float
+    p_own: float | None
 
 
 @dataclass(frozen=True)
 class _Panel:
-    """One score of a system: by seed (J,), influences of inputs (I,), bootstrap scores (B,); seeds and their number."""
+    """One score of a system: by seed (J,), influences of inputs (I,), bootstrap scores (B,).
+
+    `seeds` are variances from seeds and the numbers of seeds, `own` those without the seeds of other systems.
+    """
 
     per_seed: Array
     influence: Array
     resampled: Array
     seeds: tuple[tuple[Seeds, int], ...]
+    own: tuple[tuple[Seeds | None, int], ...]
 
     def __sub__(self, other: _Panel) -> _Panel:
         return _Panel(
@@ -72,6 +82,7 @@ class _Panel:
             self.influence - other.influence,
             self.resampled - other.resampled,
             self.seeds + other.seeds,
+            self.own + other.own,
         )
 
 
@@ -92,28 +103,31 @@ class Study:
         if not sheets or any(sheet is not sheets[0] for sheet in sheets):
             raise ValueError(f"Systems {list(systems)} have {len(sheets)} sheets; read one, and give it to them all.")
         self.systems, self.sheet, self.draws, self.seed = dict(systems), sheets[0], draws, seed
-        self.seeds, self.unstable = pool(self.systems)
+        self.seeds = pool(self.systems)
         self._panels: dict[str, dict[str, _Panel]] = {}
 
     def estimate(self, name: str) -> dict[str, Estimate]:
-        """The scores of a system by target: each task, and "mean"."""
+        """The scores of a system by target: each task, "mean", and for each task "without" it."""
         return {target: self._estimate(target, panel, 0.0) for target, panel in self._panels_of(name).items()}
 
     def compare(self, name: str, other: str) -> dict[str, Comparison]:
-        """`name` minus `other` by target: each task, and "mean".
+        """`name` minus `other` by target, as in `estimate`. A system of a single seed stands beside each of the other.
 
         Raises:
-            ValueError: trained systems of different seeds.
+            ValueError: systems of several and different seeds.
         """
         pair = self.systems[name], self.systems[other]
-        if all(system.trained for system in pair) and pair[0].seeds != pair[1].seeds:
+        if pair[0].seeds != pair[1].seeds and min(len(system.seeds) for system in pair) > 1:
             raise ValueError(
                 f"{name} has seeds {pair[0].seeds} and {other} {pair[1].seeds}; compare runs of the same seeds."
             )
         p_inputs, others, found = self._exchange(*pair), self._panels_of(other), {}
         for target, panel in self._panels_of(name).items():
-            difference = self._estimate(target, panel - others[target], -1.0)
-            found[target] = Comparison(difference, _p_of_t(difference), float(p_inputs[target]))
+            both = panel - others[target]
+            difference, own = self._estimate(target, both, -1.0), self._own(target, both)
+            p_own = None if own is None else _p_of_t(difference.value, *own)
+            p = _p_of_t(difference.value, difference.standard_error, difference.degrees)
+            found[target] = Comparison(difference, p, float(p_inputs[target]), p_own)
         return found
 
     @cached_property
@@ -128,28 +142,28 @@ class Study:
     def _panels_of(self, name: str) -> dict[str, _Panel]:
         if name not in self._panels:
             system = self.systems[name]
-            resampled = with_mean(
+            resampled = with_means(
                 {
                     task: value(self.sheet.tasks[task].metric, self._weights @ sums).mean(0)
                     for task, sums in system.tallies.items()
                 }
             )
             per_seed, influence = scores(system), influences(system)
+            used, own, runs = self.seeds.used[name], self.seeds.own.get(name, {}), len(system.seeds)
             self._panels[name] = {
                 target: _Panel(
                     per_seed[target],
                     influence[target].mean(0),
                     resampled[target],
-                    ((self.seeds[name][target], len(system.seeds)),),
+                    ((used[target], runs),),
+                    ((own.get(target, None if system.trained else used[target]), runs),),
                 )
                 for target in per_seed
             }
         return self._panels[name]
 
     def _estimate(self, target: str, panel: _Panel, lowest: float) -> Estimate:
-        of_inputs = float(variance_of_inputs(panel.influence, self.sheet.strata))
-        of_seeds = sum(seeds.of_seed / runs for seeds, runs in panel.seeds)
-        degrees = self._degrees(target, of_inputs, of_seeds, panel.seeds)
+        of_inputs, of_seeds, degrees = self._variances(target, panel.influence, panel.seeds)
         score = float(panel.per_seed.mean())
         noise = np.random.default_rng((self.seed, 1)).standard_normal(self.draws)
         ends = np.quantile(panel.resampled + of_seeds**0.5 * noise, [LEVEL / 2, 1 - LEVEL / 2])
@@ -160,15 +174,28 @@ class Study:
             score, float(low), float(high), (of_inputs + of_seeds) ** 0.5, degrees, panel.per_seed.tolist(), covers
         )
 
-    def _degrees(self, target: str, of_inputs: float, of_seeds: float, seeds: tuple[tuple[Seeds, int], ...]) -> float:
-        """Satterthwaite's degrees of freedom (1946) of the sum of both variances."""
-        inputs = np.arange(len(self.sheet.inputs)) if target == "mean" else np.unique(self.sheet.tasks[target].inputs)
+    def _own(self, target: str, panel: _Panel) -> tuple[float, float] | None:
+        """The standard error and degrees of freedom with the variance of these systems' own seeds, if all have it."""
+        seeds = tuple((each, runs) for each, runs in panel.own if each is not None)
+        if len(seeds) < len(panel.own):
+            return None
+        of_inputs, of_seeds, degrees = self._variances(target, panel.influence, seeds)
+        return (of_inputs + of_seeds) ** 0.5, degrees
+
+    def _variances(
+        self, target: str, influence: Array, seeds: tuple[tuple[Seeds, int], ...]
+    ) -> tuple[float, float, float]:
+        """The variance from inputs and that from seeds, and Satterthwaite's degrees of freedom (1946) of their sum."""
+        of_inputs = float(variance_of_inputs(influence, self.sheet.strata))
+        of_seeds = sum(each.of_seed / runs for each, runs in seeds)
+        task = self.sheet.tasks.get(target)
+        inputs = np.arange(len(self.sheet.inputs)) if task is None else np.unique(task.inputs)
         of_rest = float(len(inputs) - len(np.unique(self.sheet.strata[inputs])))
         parts: dict[Seeds, float] = {}
         for each, runs in seeds:  # two systems that share an estimate share its error
             parts[each] = parts.get(each, 0.0) + each.observed / runs
         uncertain = of_inputs**2 / of_rest + sum(part**2 / each.degrees for each, part in parts.items())
-        return (of_inputs + of_seeds) ** 2 / uncertain if uncertain else of_rest
+        return of_inputs, of_seeds, (of_inputs + of_seeds) ** 2 / uncertain if uncertain else of_rest
 
     def _exchange(self, system: System, other: System) -> dict[str, Array]:
         """p of the two-sided test that exchanges all answers to an input between two systems, by target."""
@@ -182,10 +209,10 @@ class Study:
             moved = exchanged @ (b - a)
             a_total, b_total = a.sum(1, keepdims=True), b.sum(1, keepdims=True)
             drawn[name] = (value(task.metric, a_total + moved) - value(task.metric, b_total - moved)).mean(0)
-        return {target: np.mean(np.abs(cases) >= abs(cases[0]) - 1e-12) for target, cases in with_mean(drawn).items()}
+        return {target: np.mean(np.abs(cases) >= abs(cases[0]) - 1e-12) for target, cases in with_means(drawn).items()}
 
 
-def _p_of_t(difference: Estimate) -> float:
-    if difference.standard_error == 0:
-        return float(difference.value == 0)
-    return float(2 * stats.t.sf(abs(difference.value) / difference.standard_error, difference.degrees))
+def _p_of_t(value: float, standard_error: float, degrees: float) -> float:
+    if standard_error == 0:
+        return float(value == 0)
+    return float(2 * stats.t.sf(abs(value) / standard_error, degrees))

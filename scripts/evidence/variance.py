@@ -4,7 +4,8 @@ A system's score is the mean over tasks of the mean over seeds. Every seed answe
 crossed, and the variance of the score is that of inputs plus that of seeds (two-way clustering: Cameron, Gelbach and
 Miller 2011, https://doi.org/10.1198/jbes.2010.07136). Metrics that are no means are made linear by the jackknife.
 
-Shapes: J seeds · I test inputs. Dictionaries by target: a task, or "mean", the unweighted mean over tasks.
+Shapes: J seeds · I test inputs. Dictionaries by target: a task, "mean", the unweighted mean over tasks, or "without x",
+that of all tasks but x.
 """
 
 from __future__ import annotations
@@ -40,15 +41,24 @@ class Seeds:
 NO_SEEDS = Seeds(0.0, 0.0, np.inf)
 
 
-def with_mean(by_task: Mapping[str, Array]) -> dict[str, Array]:
-    """Add the unweighted mean over tasks."""
-    return {**by_task, "mean": np.asarray(np.mean(list(by_task.values()), axis=0))}
+def without(task: str) -> str:
+    """The target that is the mean of all other tasks."""
+    return f"without {task}"
+
+
+def with_means(by_task: Mapping[str, Array]) -> dict[str, Array]:
+    """Add the unweighted mean over tasks, and those over all but one of them."""
+    total = np.sum(list(by_task.values()), axis=0)
+    found = {**by_task, "mean": np.asarray(total / len(by_task))}
+    if len(by_task) > 1:
+        found |= {without(task): np.asarray((total - each) / (len(by_task) - 1)) for task, each in by_task.items()}
+    return found
 
 
 def scores(system: System) -> dict[str, Array]:
     """Each seed's score, (J,) by target."""
     tasks = system.sheet.tasks
-    return with_mean({task: value(tasks[task].metric, sums.sum(1)) for task, sums in system.tallies.items()})
+    return with_means({task: value(tasks[task].metric, sums.sum(1)) for task, sums in system.tallies.items()})
 
 
 def influences(system: System) -> dict[str, Array]:
@@ -62,7 +72,7 @@ def influences(system: System) -> dict[str, Array]:
         sums, n = system.tallies[name], len(np.unique(task.inputs))
         total = sums.sum(1, keepdims=True)
         found[name] = (n - 1) / n * (value(task.metric, total) - value(task.metric, total - sums))
-    return with_mean(found)
+    return with_means(found)
 
 
 def variance_of_inputs(influence: Array, strata: npt.NDArray[np.intp]) -> Array:
@@ -81,32 +91,47 @@ def seeds_of(score: Array, influence: Array, strata: npt.NDArray[np.intp]) -> Se
     return Seeds(float(score.var(ddof=1)), float(noise), degrees)
 
 
-def pool(systems: Mapping[str, System]) -> tuple[dict[str, dict[str, Seeds]], dict[str, list[str]]]:
+@dataclass(frozen=True)
+class Pool:
+    """The variance from seeds of systems, by system and target.
+
+    Args:
+        used: what intervals and tests take: the shared one, or a system's own if it is unstable there.
+        own: of each system with several seeds, from its seeds alone.
+        unstable: by target, the systems whose seeds differ much more than those of the others.
+        shared: by target, of all systems but the unstable ones.
+    """
+
+    used: dict[str, dict[str, Seeds]]
+    own: dict[str, dict[str, Seeds]]
+    unstable: dict[str, list[str]]
+    shared: dict[str, Seeds]
+
+
+def pool(systems: Mapping[str, System]) -> Pool:
     """The variance from seeds by system and target, shared by all systems whose seeds differ alike.
 
     A few seeds say too little about one system. So those of all are taken together, weighted by their degrees of
     freedom; but a system whose scores vary so much more than those of the others (F test of level `UNSTABLE`) keeps
-    its own, and is named. Systems that are not trained have none; those of one seed have the pooled one.
-
-    Returns:
-        The variances, and the names of unstable systems by target.
+    its own, and is named. Systems that are not trained have none; those of one seed have the shared one.
     """
     names = [name for name, system in systems.items() if system.trained]
-    several = [name for name in names if len(systems[name].seeds) > 1]
     own: dict[str, dict[str, Seeds]] = {}
-    for name in several:
+    for name in (name for name in names if len(systems[name].seeds) > 1):
         score, influence, strata = scores(systems[name]), influences(systems[name]), systems[name].sheet.strata
         own[name] = {target: seeds_of(score[target], influence[target], strata) for target in score}
-    targets = [*next(iter(systems.values())).tallies, "mean"]
-    unstable = {target: _unstable({name: own[name][target] for name in several}) for target in targets}
+    targets = [*scores(next(iter(systems.values())))]
+    unstable = {target: _unstable({name: each[target] for name, each in own.items()}) for target in targets}
     shared = {
-        target: _together([own[name][target] for name in several if name not in unstable[target]]) for target in targets
+        target: _together([each[target] for name, each in own.items() if name not in unstable[target]])
+        for target in targets
     }
     found = {
         name: {target: own[name][target] if name in unstable[target] else shared[target] for target in targets}
         for name in names
     }
-    return {name: found.get(name, dict.fromkeys(targets, NO_SEEDS)) for name in systems}, unstable
+    used = {name: found.get(name, dict.fromkeys(targets, NO_SEEDS)) for name in systems}
+    return Pool(used, own, unstable, shared)
 
 
 def _together(seeds: list[Seeds]) -> Seeds:
