@@ -14,7 +14,7 @@ from families import LONG, ONE, PARTS, THREE
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 Results = Mapping[str, Any]
 STYLES = {  # colour and marker: methods in colours, stock LoRAs in greys
@@ -194,14 +194,14 @@ def of_general(found: Results) -> Figure | None:
     if not after:
         return None
     sources = list(next(iter(after.values()))["perplexity"])
-    size = (WIDTH, (len(sources) + 1) * (0.9 + 0.34 * len(after)))
+    size = (WIDTH, (len(sources) + 1) * (1.1 + 0.34 * len(after)))
     figure, axes = plt.subplots(len(sources) + 1, 1, figsize=size, squeeze=False, layout="constrained")
-    titles = [f"perplexity of {source}, base model = 1" for source in sources]
-    titles = [f"{title} (line: seeds)" for title in titles]
-    titles += ["accuracy, minus the base model's (line: interval of questions)"]
+    titles = [f"perplexity of {source}, base model = 1\n(line: lowest to highest seed)" for source in sources]
+    titles += ["accuracy, minus the base model's\n(line: interval, of other questions)"]
     for axis, title in zip(axes[:, 0], titles, strict=True):
         axis.set_title(title, fontsize="medium", loc="left")
         axis.axvline(float(title != titles[-1]), color="grey", linewidth=0.8, linestyle="--")
+        axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.set_yticks(range(len(after)), [wrapped(found["labels"][name]) for name in after])
         axis.set_ylim(len(after) - 0.5, -0.5)
     for row, (name, each) in enumerate(after.items()):
