@@ -182,7 +182,7 @@ def test_the_kl_is_that_of_the_merged_model_over_what_is_no_padding(arch, folder
         keep = held_out[0]["attention_mask"].bool()
     elif arch == "t5":
         keep = held_out[0]["labels"] != -100
-    assert found.kl == pytest.approx(naive_kl(routed, merged, keep), rel=1e-3)
+    assert found.kl == pytest.approx(naive_kl(routed, merged, keep), rel=1e-3, abs=2e-7)  # of float32 logits
     assert found.kl > 0
 
 

@@ -8,6 +8,10 @@ import copy
 import checks
 import pytest
 import torch
+from helpers import logits
+from kinds import KINDS, config_of
+from peft import get_peft_model
+from tiny_models import make_inputs, make_model
 
 LENGTHS = range(5, 25)
 TARGETS = ["gate_proj"]  # compiling takes seconds
@@ -118,3 +122,13 @@ def test_gradients_of_the_kernels_are_derivatives_and_so_are_theirs(case):
 def test_kernels_give_what_plain_pytorch_gives_in_float32(method):
     found = checks.compare_types(method, checks.DTYPE_LABELS["fp32"])
     assert max(found["kernels_plain_logits"], found["kernels_plain_gradients"]) < 5e-6
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated", "ignore:LeafSpec")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_can_be_exported(kind, tmp_path):
+    model = get_peft_model(make_model("llama"), config_of(kind, "llama", tmp_path)).eval()
+    inputs = make_inputs("llama", labels=False) | {"use_cache": False}
+    exported = torch.export.export(model, (), inputs, strict=False).module()
+    torch.testing.assert_close(exported(**inputs).logits, logits(model, inputs), rtol=1e-5, atol=1e-6)

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -438,15 +439,27 @@ def test_an_adapter_for_a_model_of_another_depth_is_refused(depth, tmp_path):
     said = rf"layers \{{'model.layers': 4\}} and the .* of this model are \{{'model.layers': {depth}\}}.*leave exp"
     with pytest.raises(ValueError, match=said):
         PeftModel.from_pretrained(of_depth(depth), tmp_path)
+    given = replace(config, experts_per_layer=config.experts_per_layer)
     with pytest.raises(ValueError, match=said):
-        get_peft_model(of_depth(depth), config)
+        get_peft_model(of_depth(depth), given)
+
+
+def test_a_config_makes_adapters_of_models_of_different_depth():
+    config = MedMoeLoraConfig(task_type="CAUSAL_LM", num_experts=3, expert_ranks=1, target_modules=["up_proj"])
+    first = get_peft_model(make_model("llama"), config)
+    counts = dict(config.experts_per_layer)
+    second = get_peft_model(of_depth(3), config)
+    assert first.peft_config["default"].experts_per_layer == config.experts_per_layer == counts
+    assert [len(each) for each in second.peft_config["default"].experts_per_layer.values()] == [3]
+    second.add_adapter("again", config)
+    assert second.peft_config["again"].experts_per_layer == second.peft_config["default"].experts_per_layer
 
 
 def test_a_model_with_other_layers_is_refused(tmp_path):
     config = MedMoeLoraConfig(num_experts=3, expert_ranks=1, target_modules=["up_proj"])
-    get_peft_model(make_model("llama"), config)
+    get_peft_model(make_model("llama"), config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"layers \{'model.layers': 2\} and .* are \{'layers': 2\}"):
-        get_peft_model(make_model("llama").model, config)
+        PeftModel.from_pretrained(make_model("llama").model, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import json
 import math
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fractions import Fraction
 from functools import partial
@@ -387,6 +389,36 @@ def test_with_blocks_nest_and_give_back_what_was_before_even_after_errors(folder
         model.set_group_weights(mix=0)
         assert now() == "inner"
     assert now() == "set"
+
+
+def test_blocks_of_several_threads_take_turns(folder):
+    model, inputs = mixture(folder), make_inputs("llama", labels=False)
+    inside, other = threading.Event(), threading.Event()
+
+    def second():
+        inside.wait()
+        with model.routing(mix=0.0):
+            other.set()
+
+    before = dict(model.base_model.context.controls)
+    with ThreadPoolExecutor(1) as pool:
+        with model.routing(mix=1.0):
+            waiting = pool.submit(second)
+            inside.set()
+            assert not other.wait(0.2)
+            logits(model, inputs)
+        waiting.result()
+    assert other.is_set()
+    assert model.base_model.context.controls == before
+
+
+def test_what_was_fixed_in_inference_can_be_trained(folder):
+    model, inputs = mixture(folder), make_inputs("llama")
+    with torch.inference_mode():
+        model.set_group_weights(mix=0.5)
+        model(**inputs)
+    model.train()(**inputs).loss.backward()
+    assert any(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_the_order_of_names_is_that_of_the_config_also_after_loading(folder, tmp_path):

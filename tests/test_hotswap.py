@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from tiny_models import TASK_TYPES, make_inputs, make_model
 
-from peft_moe import hotswap_adapter
+from peft_moe import MoLoraConfig, hotswap_adapter
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +165,24 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(case, folder, t
     assert unchanged(model, before)
     assert torch.equal(logits(model, inputs), expected)
     assert model.peft_config["default"] is config
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+def test_a_head_that_is_a_target_is_saved_beside_the_adapter_and_has_to_be_the_same(tmp_path):
+    config = {"target_modules": ["q_proj", "lm_head"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    second = saved(MoLoraConfig(**config), tmp_path / "second", seed=2)
+    assert any(".lm_head.base_layer." in key for key in load_file(second / "adapter_model.safetensors"))
+    model, inputs = fresh(saved(MoLoraConfig(**config), tmp_path / "first")), make_inputs("llama", labels=False)
+    hotswap_adapter(model, second)
+    assert torch.equal(logits(model, inputs), logits(fresh(second), inputs))
+    before = state(model)
+    path = second / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if ".lm_head.base_layer." in key)
+    save_file(tensors | {key: tensors[key] + 1}, path)
+    with pytest.raises(ValueError, match="lm_head.base_layer.weight', which was saved beside it, is not as in this"):
+        hotswap_adapter(model, second)
+    assert unchanged(model, before)
 
 
 def test_a_merged_adapter_is_refused(tmp_path):

@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import pickle
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -226,6 +227,74 @@ def test_calls_from_several_threads_keep_their_tasks():
 
     with ThreadPoolExecutor(3) as pool:
         assert all(pool.map(run, range(60)))
+
+
+def test_blocks_of_several_threads_take_turns():
+    model, inputs = routed("llama"), make_inputs("llama", labels=False)
+    expected = {task: logits(model, inputs, task_ids=task) for task in TASKS}
+    inside, other, found = threading.Event(), threading.Event(), {}
+
+    def first():
+        with model.task("icd"):
+            inside.set()
+            assert not other.wait(0.2)  # as long as this block is open, the other is not
+            found["icd"] = logits(model, inputs)
+
+    def second():
+        inside.wait()
+        with model.task("rad"):
+            other.set()
+            found["rad"] = logits(model, inputs)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(first), pool.submit(second)]:
+            done.result()
+    assert all(torch.equal(found[task], expected[task]) for task in ("icd", "rad"))
+    with pytest.raises(ValueError, match="No task"):  # nothing stays chosen
+        logits(model, inputs)
+
+
+def test_a_thread_that_streams_answers_the_task_of_the_block_it_was_started_in():
+    model, inputs = routed("llama"), make_inputs("llama", labels=False)
+    with model.task("rad"), ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(logits, model, inputs).result(), logits(model, inputs, task_ids="rad"))
+
+
+def test_a_task_that_was_chosen_in_inference_can_be_trained():
+    model, inputs = routed("llama"), make_inputs("llama")
+    with torch.inference_mode():
+        model.set_task("icd")
+        model(**inputs)
+    model.train()(**inputs).loss.backward()
+    assert adapter_gradients(model)
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        ["rad"] * 3, [["rad", "rad"]] * 3, torch.tensor([[1]] * 3), torch.tensor([[1, -1]] * 3),
+        torch.tensor([[False, True, False]] * 3), 1,
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_merged_task_can_be_asked_for_in_any_form(same):
+    model, inputs = routed("llama"), make_inputs("llama", labels=False)
+    model.merge_adapter(task="rad")
+    assert torch.equal(logits(model, inputs, task_ids=same), logits(model, inputs, task_ids="rad"))
+    for other in ("icd", ["rad", "icd", "rad"], [["rad", "icd"]] * 3, torch.tensor([[1, 0], [1, -1], [1, -1]])):
+        with pytest.raises(ValueError, match="other tasks were asked for"):
+            logits(model, inputs, task_ids=other)
+
+
+def test_several_merged_tasks_can_be_asked_for_in_any_order():
+    model, inputs = routed("llama"), make_inputs("llama", labels=False)
+    model.merge_adapter(task=["icd", "rad"])
+    assert torch.equal(
+        logits(model, inputs, task_ids=[["rad", "icd"]] * 3), logits(model, inputs, task_ids=[["icd", "rad"]] * 3)
+    )
+    for other in ("icd", [["icd", "rad", "rad"]] * 3):  # a mean in another proportion
+        with pytest.raises(ValueError, match="other tasks were asked for"):
+            logits(model, inputs, task_ids=other)
 
 
 def test_rows_are_counted_for_models_that_are_called_by_keyword():

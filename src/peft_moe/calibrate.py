@@ -175,7 +175,8 @@ def _stand_in(
         new_a, new_b = closest(a, b, moments, damping=damping, rank=rank, mean_gate=method == "mean_gate")
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
-    return StandIn(new_a.to(a.dtype), new_b.to(b.dtype, copy=True), watch.layers[key].fingerprint(watch.adapter))
+    new_a, new_b = new_a.to(a.dtype).to(a.device), new_b.to(b.dtype, copy=True).to(b.device)
+    return StandIn(new_a, new_b, watch.layers[key].fingerprint(watch.adapter))
 
 
 # -- what is asked for ------------------------------------------------------------------------------------------------

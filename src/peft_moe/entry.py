@@ -11,7 +11,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from types import CodeType
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -177,6 +178,11 @@ class Entry:
         if total is None or not isinstance(labels, torch.Tensor):
             return 1.0
         return (labels != -100).sum() / torch.as_tensor(total, device=labels.device)
+
+    @property
+    def __code__(self) -> CodeType:
+        """The method's own, which torch.export asks a forward for."""
+        return cast(CodeType, inspect.unwrap(getattr(type(self.owner), self.method)).__code__)
 
     @property
     def __signature__(self) -> inspect.Signature:

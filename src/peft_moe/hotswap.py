@@ -95,6 +95,7 @@ def hotswap_adapter(
     places = get_peft_model_state_dict(
         peft_model, state_dict=saved_tensors(peft_model), adapter_name=adapter_name, save_embedding_layers=False
     )
+    leave_out_base_layers(peft_model, places, weights, str(model_name_or_path))
     check_weights(places, weights, str(model_name_or_path))
 
     with tuner.context.turn(), torch.no_grad():  # calls of other threads wait
@@ -151,6 +152,24 @@ def check_layers(tuner: MoeTuner, config: MoeConfig, adapter_name: str, where: s
                     f"{where!r} cannot be swapped in: the {what} of its experts in {key!r} are {tuple(new)}, those in "
                     f"the model are {tuple(old)}; {REMEDY}"
                 )
+
+
+def leave_out_base_layers(
+    model: nn.Module, places: Mapping[str, torch.Tensor], weights: dict[str, torch.Tensor], where: str
+) -> None:
+    """Drop embeddings and heads of the base model, which peft saves beside an adapter that has them for targets.
+
+    Raises:
+        ValueError: one of them is not as in the model, so that the adapter was trained on another base model.
+    """
+    there = saved_tensors(model)
+    for key in [key for key in weights if key not in places and key.rpartition(".")[0].endswith(".base_layer")]:
+        weight, own = weights.pop(key), there.get(key)
+        if own is None or own.shape != weight.shape or not torch.equal(own.cpu(), weight.to("cpu", own.dtype)):
+            raise ValueError(
+                f"{where!r} cannot be swapped in: {key!r}, which was saved beside it, is not as in this base model; "
+                f"{REMEDY}"
+            )
 
 
 def check_weights(places: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], where: str) -> None:

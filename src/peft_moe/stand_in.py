@@ -87,7 +87,7 @@ class Moments:
         Raises:
             ValueError: ε is lost in the rounding of the sums.
         """
-        c = self.xx.double().div_(self.count)
+        c = _wide(self.xx) / _wide(self.count)
         units = c.diagonal().sqrt()
         units = torch.where(units > 0, units, torch.ones_like(units))  # features that are always zero
         c.div_(units).div_(units.unsqueeze(1)).diagonal().add_(damping)
@@ -117,18 +117,18 @@ def closest(
         mean_gate: take Ā for A'.
 
     Returns:
-        a (r, in) and b (out, r) in float64.
+        a (r, in) and b (out, r) in float64, on the CPU if the device has none.
 
     Raises:
         ValueError: the sums are not finite, or ε is too small for them.
     """
     if not all(torch.isfinite(v).all() for v in (moments.xx, moments.zx, moments.s, a, b)):
         raise ValueError("inputs, experts or weights of experts are not finite numbers; look for NaN in the adapter.")
-    a, b = moments.mean_gate().double().unsqueeze(1) * a.double(), b.double()
+    a, b = _wide(moments.mean_gate()).unsqueeze(1) * _wide(a), _wide(b)
     cut = rank is not None and rank < min(b.shape)
     if mean_gate and not cut:
         return a, b
-    residual = (moments.zx.double() - a @ moments.xx.double()) / moments.count
+    residual = (_wide(moments.zx) - a @ _wide(moments.xx)) / _wide(moments.count)
     root, units = moments.root(damping)
     if not mean_gate:
         a = a + torch.cholesky_solve((residual / units).T, root).T / units
@@ -138,6 +138,11 @@ def closest(
         u = torch.linalg.svd((a * units) @ root, full_matrices=False)[0][:, :rank]
         a, b = u.T @ a, q @ u
     return a, b
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In float64, and so on the CPU where the device has none."""
+    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
 def fingerprint(tensors: Iterable[torch.Tensor]) -> int:

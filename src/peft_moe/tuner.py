@@ -219,9 +219,10 @@ class MoeTuner(BaseTuner):
         """As in peft, which sends adapters to where the base layer is, but not to the meta device.
 
         Trained experts and routers would be lost there. Where all is in one place already, as it is after
-        `update_layer`, peft would go through each part of the layer and those within it for nothing.
+        `update_layer`, peft would go through each part of the layer and those within it for nothing. What comes back
+        when adapters are unloaded is the base's own module, which may have no weight that peft could hand on.
         """
-        settled = False
+        settled = not hasattr(new_module, "base_layer")
         if isinstance(new_module, MoeLinear):
             on_meta = any(p.is_meta for p in new_module.get_base_layer().parameters())
             settled = on_meta or len({t.device for t in chain(new_module.parameters(), new_module.buffers())}) == 1

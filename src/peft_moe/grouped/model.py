@@ -260,12 +260,9 @@ class GroupedMoeModel(MoeTuner):
             ...     model.generate(**inputs)
         """
         name = self._one_adapter(adapter_name)
-        before = self.context.controls.get(name)
-        self.set_group_weights(weights, group_weights=group_weights, off=off, mix=mix, adapter_name=name)
-        try:
+        with self.context.fixed(name):
+            self.set_group_weights(weights, group_weights=group_weights, off=off, mix=mix, adapter_name=name)
             yield
-        finally:
-            self.context.fix(name, before)
 
     def _control(self, adapter_name: str, given: Mapping[str, Any]) -> Control | None:
         self._refuse_merged(adapter_name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from typing import Any, ClassVar, Literal
 
@@ -80,6 +80,7 @@ class MedMoeLoraConfig(TokenRoutedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftMoeType.MEDMOELORA
+        self._is_for_one_model = False  # no field: whether experts_per_layer was worked out, and not given or loaded
         check_schedule(self.expert_schedule)
         if isinstance(self.expert_schedule, tuple):
             self.expert_schedule = list(self.expert_schedule)  # as it is when it has been loaded
@@ -153,6 +154,7 @@ class MedMoeLoraConfig(TokenRoutedConfig):
         of_targets = {layer[0] for layer in map(layer_of, targets) if layer}
         lengths = {stack: length for stack, length in stacks(keys).items() if stack in of_targets}
         if self.experts_per_layer is None:
+            self._is_for_one_model = True
             self.experts_per_layer = {
                 stack: experts_per_layer(self.expert_schedule, length, self.num_experts, stack=stack or "the model")
                 for stack, length in lengths.items()
@@ -164,6 +166,10 @@ class MedMoeLoraConfig(TokenRoutedConfig):
                 "adapter was made for another base model, or for another class of it. To make a new one, leave "
                 "experts_per_layer out."
             )
+
+    def for_another_model(self) -> MedMoeLoraConfig:
+        """The config as it was given, so that it can make an adapter of another model without changing this one's."""
+        return replace(self, experts_per_layer=None) if self._is_for_one_model else self
 
     def routed_at(self, key: str) -> int:
         """Number of special experts of a module, beside its base experts."""

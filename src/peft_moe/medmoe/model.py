@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from ..losses import localized
 from ..routing import BalanceTerm, TokenGate, TokenRouter, softmax, top_k
@@ -18,6 +19,11 @@ class MedMoeLoraModel(TokenRoutedTuner):
 
     Made by `get_peft_model(model, MedMoeLoraConfig(...))`; its methods can be called on the `PeftModel`.
     """
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = cast(MedMoeLoraConfig, self.peft_config[adapter_name])
+        self.peft_config[adapter_name] = config.for_another_model()
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def build_router(
         self, config: MedMoeLoraConfig, adapter_name: str, *, key: str, in_features: int

@@ -71,7 +71,11 @@ class MoeLoraModel(MoeTuner):
 
     @contextmanager
     def task(self, task: Task | Sequence[Task]) -> Iterator[None]:
-        """Choose the task of the calls in a `with` block; takes what `set_task` takes."""
+        """Choose the task of the calls in a `with` block; takes what `set_task` takes.
+
+        Blocks of several threads take turns. A call of another thread that has neither a block nor `task_ids` of its
+        own is answered under the task of the block that is open.
+        """
         with self.context.chosen(task, self.active_adapters):
             yield
 

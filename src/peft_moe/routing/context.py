@@ -27,7 +27,7 @@ class RoutingContext:
     """Carries task ids from a call to the layers; one per tuner, and every routed layer holds a reference to it.
 
     The ids of a call come from its `task_ids`, else from the chosen task (`set_task`), else from the adapter's default.
-    Calls from several threads take turns.
+    Calls from several threads take turns, and so do the `with` blocks in which they choose.
 
     Args:
         one_task_only: why rows of one call cannot have different tasks, where the base model does not allow it.
@@ -53,13 +53,15 @@ class RoutingContext:
         self.by_prompt: set[str] = set()  # adapters that route by prompts
         self.names: tuple[str, ...] | None = None  # an adapter for each row of the calls to come, if rows differ in it
         self._turn = threading.RLock()
+        # Of blocks that choose. Not that of calls: a thread that streams answers calls from within another's block.
+        self._choice = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
         fresh = {"_call": Call(), "_depth": 0, "last_ledger": None, "names": None}
-        return {name: value for name, value in vars(self).items() if name != "_turn"} | fresh
+        return {name: value for name, value in vars(self).items() if name not in ("_turn", "_choice")} | fresh
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _turn=threading.RLock())
+        vars(self).update(state, _turn=threading.RLock(), _choice=threading.RLock())
 
     def know(self, adapter: str, tasks: Tasks) -> None:
         """Take note of an adapter's tasks, if it knows any, also of other ones than before."""
@@ -103,18 +105,30 @@ class RoutingContext:
             ValueError: one of the adapters does not know it.
         """
         # Encoded here, not per call: to torch.compile a tensor is an input, and a name a constant to recompile for.
-        ids = {a: self._encode(a, task) for a in adapters if a in self._tasks} if task is not None else {}
+        with torch.inference_mode(False):  # a later call may be one of training
+            ids = {a: self._encode(a, task) for a in adapters if a in self._tasks} if task is not None else {}
         self._chosen, self._chosen_ids = task, ids
 
     @contextmanager
     def chosen(self, task: Task | Sequence[Task], adapters: Sequence[str]) -> Iterator[None]:
-        """The same for the span of a `with` block."""
-        before = self._chosen, self._chosen_ids
-        self.choose(task, adapters)
-        try:
-            yield
-        finally:
-            self._chosen, self._chosen_ids = before
+        """The same for the span of a `with` block; those of other threads wait."""
+        with self._choice:
+            before = self._chosen, self._chosen_ids
+            self.choose(task, adapters)
+            try:
+                yield
+            finally:
+                self._chosen, self._chosen_ids = before
+
+    @contextmanager
+    def fixed(self, adapter: str) -> Iterator[None]:
+        """Give an adapter the weights again, after a `with` block, that it had before; those of other threads wait."""
+        with self._choice:
+            before = self.controls.get(adapter)
+            try:
+                yield
+            finally:
+                self.fix(adapter, before)
 
     @contextmanager
     def mixed(self, names: Sequence[str]) -> Iterator[None]:
@@ -336,7 +350,7 @@ class RoutingContext:
         if task_ids is not None and active and not any(adapter in self._tasks for adapter in active):
             raise ValueError(
                 f"task_ids={task_ids!r} were given, and adapter {active[0]!r} knows no tasks; name them in its config "
-                "(tasks=[...]), or leave task_ids out: its experts are chosen by the tokens."
+                "(tasks=[...], which AT-MoE has not), or leave task_ids out: its experts are chosen by the tokens."
             )
         found = {}
         for adapter, tasks in self._tasks.items():
@@ -376,7 +390,7 @@ class RoutingContext:
         merged = self.merged.get(adapter)
         if merged is None:
             return
-        if ids.shape[1:] != merged.shape[1:] or bool((ids != merged.to(ids.device)).any()):
+        if not _same_tasks(ids, merged.to(ids.device)):
             names = [self._tasks[adapter].task_names[i] for i in merged.flatten().tolist() if i >= 0]
             raise ValueError(
                 f"Adapter {adapter!r} is merged into the base weights for {names}, and other tasks were asked for; "
@@ -392,6 +406,24 @@ class RoutingContext:
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def _same_tasks(ids: torch.Tensor, merged: torch.Tensor) -> bool:
+    """Whether all rows have the tasks of `merged`, of shape (1,) or (1, k), each in the same proportion.
+
+    Args:
+        ids: (n,), or (n, k) padded with -1.
+    """
+
+    def shares(rows: torch.Tensor) -> torch.Tensor:
+        """(n, T): how much of a row is of each task."""
+        rows = rows.reshape(len(rows), -1)
+        counts = torch.zeros(len(rows), size + 1, device=rows.device)
+        counts.scatter_add_(1, rows + 1, torch.ones_like(rows, dtype=counts.dtype))  # the first column is padding
+        return counts[:, 1:] / counts[:, 1:].sum(1, keepdim=True)
+
+    size = int(torch.stack([ids.max(), merged.max()]).max()) + 1
+    return torch.allclose(shares(ids), shares(merged).expand(len(ids), -1))
 
 
 def _tasks_of(task_ids: TaskIds, part: Part) -> TaskIds | None:

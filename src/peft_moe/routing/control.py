@@ -51,14 +51,15 @@ class Control:
             return self
         moved = self.__dict__.setdefault("_moved", {})  # a cache, which is no field
         if device not in moved:
-            tensors = {name: value.to(device) for name, value in self.fields() if isinstance(value, torch.Tensor)}
+            with torch.inference_mode(False):  # a later call may be one of training
+                tensors = {name: value.to(device) for name, value in self.fields() if isinstance(value, torch.Tensor)}
             moved[device] = Control(**{**dict(self.fields()), **tensors})
         return moved[device]
 
     def numbers(self) -> torch.Tensor:
         """All that it says, as numbers (n,)."""
         values = [v for _, v in self.fields() if isinstance(v, (torch.Tensor, float))]
-        return torch.cat([torch.as_tensor(v, dtype=torch.float64).cpu().flatten() for v in values])
+        return torch.cat([torch.as_tensor(v).cpu().double().flatten() for v in values])
 
     def fields(self) -> list[tuple[str, Any]]:
         """Names and values of its fields."""
@@ -131,17 +132,18 @@ def control_of(
         expert_rest += [row_rest] * len(experts)
         settled[group] = _is_settled(row_bias, row_rest)
     tensor = partial(torch.tensor, dtype=torch.float32, device="cpu")  # whatever is the default, such as meta
-    return Control(
-        group_bias=tensor(bias),
-        group_fixed=tensor(fixed),
-        group_rest=rest,
-        expert_bias=tensor(expert_bias),
-        expert_fixed=tensor(expert_fixed),
-        expert_rest=tensor(expert_rest),
-        mix=None if mix is None else float(mix),
-        settled_groups=_is_settled(bias, rest),
-        settled_experts=settled,
-    )
+    with torch.inference_mode(False):  # it may be used in training
+        return Control(
+            group_bias=tensor(bias),
+            group_fixed=tensor(fixed),
+            group_rest=rest,
+            expert_bias=tensor(expert_bias),
+            expert_fixed=tensor(expert_fixed),
+            expert_rest=tensor(expert_rest),
+            mix=None if mix is None else float(mix),
+            settled_groups=_is_settled(bias, rest),
+            settled_experts=settled,
+        )
 
 
 def plain(value: Any) -> Any:

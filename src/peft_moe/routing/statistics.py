@@ -89,7 +89,7 @@ class RoutingStatistics:
         if sums is None:
             return {}
         e = self.num_experts
-        values = sums.double().cpu()
+        values = sums.cpu().double()
         load, top1, chosen, numbers = values[:e], values[e : 2 * e], values[2 * e : 3 * e], values[3 * e :]
         tokens, n = numbers[2].item(), len(self.terms)
         if tokens == 0:

@@ -79,7 +79,7 @@ class OfGroups(Source):
             total = reduce(total, reduction="sum")
         self.sums = {}
         found = []
-        for (router, name), values in zip(self.names.items(), total.double().cpu().split(sizes), strict=True):
+        for (router, name), values in zip(self.names.items(), total.cpu().double().split(sizes), strict=True):
             experts, group_of = named[router]
             if values[3 * len(experts) + 1] > 0:
                 known = {"experts": experts, "group_of": group_of, "tasks": {}}
