@@ -468,7 +468,7 @@ def test_checkpointing_a_model(tmp_path, used):
         with plain():
             found.append(loss_and_gradients(model, inputs, told))
         for other in found[1:]:
-            compare(other, found[0], rtol=1e-5, atol=1e-6)
+            compare(other, found[0], rtol=1e-4, atol=1e-6)  # a temperature's gradient nearly cancels
 
 
 @pytest.mark.parametrize("adapter", FEW)
