@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
-from specialisation import bias_bound, ceiling, specialisation
+from specialisation import bias_bound, ceiling, normalised, specialisation
 
 General = Mapping[str, Any]
 BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -106,7 +106,8 @@ def routing(
     tasks, counts = len(found[0]["tasks"]), found[0]["counts"]
     clearest = int(np.argmax(measured[0]["mutual_information"]))
     order = [found[0]["tasks"].index(task) for task in groups]
-    own = [np.array(each["layers"])[:, order].diagonal(axis1=1, axis2=2).mean() for each in found] if of_tasks else []
+    weights = [normalised(each["layers"])[:, order] for each in found]  # (L, T, E)
+    own = [float(each.diagonal(axis1=1, axis2=2).mean()) for each in weights] if of_tasks else []
     return {
         "seeds": len(found),
         "experts": [min(counts), max(counts)],
@@ -119,14 +120,14 @@ def routing(
         "ceiling": mean(ceiling(tasks, count) for count in counts),
         "within": within,
         "diversity": float(np.mean([each["diversity"] for each in measured])),
-        "own": mean(map(float, own)) if own else None,  # mean weight of a task's own expert
+        "own": mean(own) if own else None,  # mean weight of a task's own expert
         "bias_bound": mean(bias_bound(tasks, count, rows) for count in counts),
         "by_depth": by_depth(found[0]["names"], by_layer.tolist()),
         "clearest": {  # of one seed, since experts have no order that seeds share
             "gate": found[0]["names"][clearest],
             "tasks": list(groups),
             "experts": list(groups) if of_tasks else [str(expert) for expert in range(counts[clearest])],
-            "weights": [found[0]["layers"][clearest][task][: counts[clearest]] for task in order],
+            "weights": weights[0][clearest, :, : counts[clearest]].tolist(),
         },
     }
 

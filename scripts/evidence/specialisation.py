@@ -2,13 +2,12 @@
 
 If an expert were drawn with the weights of a task drawn evenly, how much would it tell about the task? That is the
 mutual information of expert and task, I(E;T) = mean over tasks of KL(weights of the task | mean weights), which is also
-the Jensen-Shannon divergence of all tasks at once. In bits, and as a share of its ceiling min(log2 T, log2 E): a fixed
-ceiling, as the entropy of the experts themselves is 0 where all tokens go to one.
+the Jensen-Shannon divergence of all tasks at once. In bits, of which min(log2 T, log2 E) is the ceiling: a fixed one,
+as the entropy of the experts themselves is 0 where all tokens go to one.
 
 Weights that are sums over tokens hide what differs within a task, and a token gate may tell tasks apart by their inputs
 alone. `within` therefore repeats the measure inside each group of tasks that share their inputs. Means over a sample
-make it too large; `null` draws what is found where tasks do not matter, from the weights of single rows, and
-`bias_bound` bounds the bias without them. A gate that reads nothing but the task id is measured without error.
+make it too large, by up to `bias_bound`. A gate that reads nothing but the task id is measured without error.
 
 Shapes: L layers · T tasks · E experts · N rows
 """
@@ -20,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.spatial.distance import jensenshannon
 from scipy.special import rel_entr
 
 Array = npt.NDArray[np.float64]
@@ -34,25 +32,21 @@ def specialisation(routing: Mapping[str, Any], groups: Mapping[str, str] | None 
         groups: the group of each task; tasks of a group have the same inputs.
 
     Returns:
-        By layer `mutual_information` in bits, `share` of its ceiling and `diversity`, the largest difference of an
-        expert's weight between tasks; `divergence` (L, T, T) of pairs of tasks in bits; and `within`, the mutual
-        information by layer inside each group of more than one task.
+        By layer `mutual_information` in bits and `diversity`, the largest difference of an expert's weight between
+        tasks; and `within`, the mutual information by layer inside each group of more than one task.
 
     Raises:
         ValueError: weights of another shape, negative ones, or a task without any.
     """
-    weights = _normalised(routing["layers"])
+    weights = normalised(routing["layers"])
     if weights.shape[1:] != (len(routing["tasks"]), routing["experts"]):
         raise ValueError(
             f"layers has shape {weights.shape} for {len(routing['tasks'])} tasks and {routing['experts']} experts; "
             "give (layers, tasks, experts)."
         )
-    information = mutual_information(weights)
     return {
-        "mutual_information": information.tolist(),
-        "share": (information / ceiling(*weights.shape[1:])).tolist(),
+        "mutual_information": mutual_information(weights).tolist(),
         "diversity": diversity(weights).tolist(),
-        "divergence": divergence(weights).tolist(),
         "within": {
             group: mutual_information(weights[:, rows]).tolist()
             for group, rows in _rows_of_groups(routing["tasks"], groups or {}).items()
@@ -62,7 +56,7 @@ def specialisation(routing: Mapping[str, Any], groups: Mapping[str, str] | None 
 
 def mutual_information(weights: Array) -> Array:
     """I(E;T) in bits for tasks of equal probability: weights (..., T, E) to (...)."""
-    weights = _normalised(weights)
+    weights = normalised(weights)
     return np.asarray(rel_entr(weights, weights.mean(-2, keepdims=True)).sum(-1).mean(-1) / np.log(2))
 
 
@@ -71,37 +65,10 @@ def ceiling(tasks: int, experts: int) -> float:
     return float(np.log2(min(tasks, experts))) or 1.0
 
 
-def divergence(weights: Array) -> Array:
-    """Jensen-Shannon divergence of every pair of tasks in bits, 0 to 1: weights (..., T, E) to (..., T, T)."""
-    weights = _normalised(weights)
-    distance = jensenshannon(weights[..., :, None, :], weights[..., None, :, :], base=2, axis=-1)
-    return np.nan_to_num(distance) ** 2  # rounding below 0 under scipy's square root is nan
-
-
 def diversity(weights: Array) -> Array:
     """The largest, over experts, of maximum minus minimum over tasks: weights (..., T, E) to (...)."""
-    weights = _normalised(weights)
+    weights = normalised(weights)
     return np.asarray(np.ptp(weights, axis=-2).max(-1))
-
-
-def null(rows: Array, tasks: Sequence[str], *, draws: int = 1000, seed: int = 0) -> Array:
-    """The mutual information by layer when tasks are dealt to rows at random.
-
-    Args:
-        rows: mean weights of each row, (N, L, E).
-        tasks: of each row.
-
-    Returns:
-        (draws, L). What was found, less their mean, is free of the bias; its rank among them is a p-value.
-    """
-    names, of_row = np.unique(np.asarray(tasks), return_inverse=True)
-    rng, flat = np.random.default_rng(seed), np.asarray(rows).reshape(len(rows), -1)
-    found = []
-    for _ in range(draws):
-        is_task = np.arange(len(names))[:, None] == rng.permutation(of_row)
-        means = (is_task / is_task.sum(1, keepdims=True)) @ flat
-        found.append(mutual_information(means.reshape(len(names), *rows.shape[1:]).swapaxes(0, 1)))
-    return np.array(found)
 
 
 def bias_bound(tasks: int, experts: int, rows: int) -> float:
@@ -112,7 +79,12 @@ def bias_bound(tasks: int, experts: int, rows: int) -> float:
     return (tasks - 1) * (experts - 1) / (2 * rows * float(np.log(2)))
 
 
-def _normalised(weights: npt.ArrayLike) -> Array:
+def normalised(weights: npt.ArrayLike) -> Array:
+    """Weights (..., T, E) that add up to 1 for each task.
+
+    Raises:
+        ValueError: negative ones, or a task without any.
+    """
     weights = np.asarray(weights, dtype=float)
     if weights.ndim < 2 or not np.all(weights >= 0) or not np.all(weights.sum(-1) > 0):
         raise ValueError(
