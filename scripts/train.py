@@ -43,7 +43,7 @@ from peft_moe.callbacks import BalanceScale, RoutingCallback
 from peft_moe.card import model_card, tags_of
 from peft_moe.data import TaskInfo, encode, mix, read_examples, read_task_info, take_per_task
 from peft_moe.dtypes import resolve_dtype
-from peft_moe.evaluation import table
+from peft_moe.evaluation import metrics_of, table
 from peft_moe.matched import match_lora
 from peft_moe.resume import last_complete_checkpoint
 from peft_moe.routing_images import RoutingImages, routes
@@ -256,6 +256,9 @@ def main(argv: list[str]) -> None:
         info = read_task_info(data_args.dataset, revision=data_args.dataset_revision)
         splits = (data_args.train_split, data_args.eval_split, data_args.test_split)
         examples = {split: read_split(data_args, split, args.seed) for split in splits if split}
+    split = data_args.test_split or data_args.eval_split
+    for part in {data_args.eval_split, split} - {None}:
+        metrics_of(examples[part], info)  # what cannot be scored is found out before training
     if adapter_args.method == "at_moe" and not adapter_args.train_experts:
         args.ddp_broadcast_buffers = False  # frozen experts are buffers, the same in all processes
     config = adapter_args.config(adapter_args.tasks or task_names(examples[data_args.train_split], info))
@@ -283,8 +286,9 @@ def main(argv: list[str]) -> None:
     metrics = trainer.train(resume_from_checkpoint=checkpoint_to_resume(args)).metrics
     trainer.save_metrics("train", metrics)
     trainer.save_state()
-    results, split = {}, data_args.test_split or data_args.eval_split
+    results: dict[str, dict[str, Any]] = {}
     if split and scored:
+        save(trainer, data_args, info, results, split, push=False)  # whatever may go wrong while answering
         results = score_with_trainer(trainer, examples[split], info, **generation)
         trainer.save_metrics(split, {split: results})
     save(trainer, data_args, info, results, split)
@@ -374,7 +378,7 @@ def load_model(
         if PartialState().is_main_process:
             print(f"--match_lora {match}: {found}.")
     base.add_model_tags(tags_of(config))  # peft puts these on every card
-    return get_peft_model(base, config), tokenizer
+    return get_peft_model(base, config, revision=model_args.revision), tokenizer
 
 
 def build_trainer(
@@ -427,8 +431,10 @@ def save(
     info: dict[str, TaskInfo],
     results: dict[str, dict[str, Any]],
     split: str | None,
+    *,
+    push: bool = True,
 ) -> None:
-    """Write the adapter, the tokenizer and the card, and push them if the arguments say so."""
+    """Write the adapter, the tokenizer and the card, and push them if the arguments say so too."""
     args = trainer.args
 
     def write_card(**_: object) -> None:
@@ -444,7 +450,7 @@ def save(
         )
         card.save(f"{args.output_dir}/README.md")
 
-    if args.push_to_hub:
+    if args.push_to_hub and push:
         trainer.create_model_card = write_card  # the Trainer would push its own draft instead
         trainer.push_to_hub()
     else:

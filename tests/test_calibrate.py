@@ -755,6 +755,16 @@ def test_the_command_calibrates_and_folds(saved, tmp_path, capsys):
     assert "Stand-ins" not in answer.out
 
 
+def test_the_command_needs_no_column_of_tasks(saved, tmp_path):
+    rows = [json.loads(line) for line in (saved / "data" / "train.jsonl").read_text().splitlines()]
+    texts = [{"prompt": row["input"], "completion": row["output"]} for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    out = tmp_path / "out"
+    command = ["fold", str(saved / "adapter"), "--out", str(out), "--calibrate", str(tmp_path / "rows.jsonl")]
+    assert main(command) == 0
+    assert (out / "adapter_config.json").exists()
+
+
 OPTIONS = {
     "rank without data": (["--rank", "3"], "--rank is for --calibrate DATA, which is not given"),
     "no rows": (["--calibrate", "DATA", "--rows", "0"], "--rows=0 is no count; give a whole number from 1 up"),

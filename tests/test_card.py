@@ -173,6 +173,19 @@ def test_text_tells_tasks_scores_parameters_and_how_to_load_and_fold():
     assert "pages     = {1104--1114}" in text
 
 
+def test_odd_names_and_texts_stay_in_their_cells_and_arguments():
+    names = ['the "leaf"', "size & form"]
+    info = {names[0]: TaskInfo(names[0], "Which leaf?\nOne word."), names[1]: TaskInfo(names[1])}
+    config = MoeLoraConfig(task_type="CAUSAL_LM", r=4, num_experts=2, tasks=names, target_modules=["v_proj"])
+    lines = make_card(make_adapter(config), name="out put/trees", info=info).text.splitlines()
+    for line in [
+        '| 0 | the "leaf" | Which leaf? One word. |',
+        'model.set_task("the \\"leaf\\"")  # or task_ids=[...] per call, one task for each row',
+        "peft-moe fold 'out put/trees' --task 'the \"leaf\"' --out 'the \"leaf\"-lora'",
+    ]:
+        assert line in lines
+
+
 @pytest.mark.parametrize(("dataset", "said"), [("data/medmulti/tiny", True), ("me/forest", False)])
 def test_only_medmulti_comes_with_its_note(dataset, said):
     assert ("medical advice" in make_card(make_moelora(), dataset=dataset).text) is said

@@ -5,11 +5,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
-from tiny_text import make_tokenizer, write_data
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, interleave_datasets
+from tiny_text import TEMPLATE, make_tokenizer, write_data
 from tokenizers.processors import TemplateProcessing
 
 from peft_moe.data import encode, mix, read_examples, read_task_info, take_per_task, tokenize
+from peft_moe.reading import _pick_split
 
 MEDMULTI = Path(__file__).parents[1] / "data" / "medmulti" / "tiny"
 LEAF = [{"role": "user", "content": "Name the leaf\noak"}, {"role": "assistant", "content": "broad"}]
@@ -75,6 +76,78 @@ def test_a_file_is_the_split_it_is_named_after(tmp_path):
     assert len(read_examples(path)) == len(read_examples(path, split="validation")) == 1
     with pytest.raises(ValueError, match=r"no split 'test'; use split= one of \['validation'\]"):
         read_examples(path, split="test")
+
+
+@pytest.mark.parametrize("where", ["file", "folder", "data/train.csv"])
+def test_values_of_a_csv_file_stay_as_they_are_written(where, tmp_path):
+    answers = ["001.0", "0123", "1E5", "true", "NA", "null", "None", "2020-01-01", "1.50"]
+    rows = "".join(f"leaf,{answer},{answer}\n" for answer in answers)
+    path = tmp_path / ("data/train.csv" if where.startswith("data") else "train.csv")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("task,prompt,completion\n" + rows)
+    (tmp_path / "tasks.json").write_text('{"tasks": {}}')
+    examples = read_examples(str(path if where == "file" else tmp_path))
+    assert [[message["content"] for message in messages] for messages in examples["messages"]] == [
+        [answer, answer] for answer in answers
+    ]
+
+
+@pytest.mark.parametrize("form", ["lines", "list", "one row a date"])
+def test_values_of_a_json_file_stay_as_they_are_written(form, tmp_path):
+    answers = ["2020-01-01", "2021-12-31T10:00:00"][: 1 + (form != "one row a date")] + [1, 2.5] * (form == "list")
+    rows = [{"task": "leaf", "prompt": "2020-02-02", "completion": answer, "score": 0.5} for answer in answers]
+    if form == "list":
+        path = tmp_path / "train.json"
+        path.write_text(json.dumps(rows[2:]))
+        answers = answers[2:]
+    else:
+        path = Path(write_rows(tmp_path, rows))
+    read = [[message["content"] for message in messages] for messages in read_examples(str(path))["messages"]]
+    assert read == [["2020-02-02", str(answer)] for answer in answers]
+
+
+def test_class_labels_are_their_names(tmp_path):
+    features = Features(
+        {
+            "task": ClassLabel(names=["leaf", "size"]),
+            "prompt": Value("string"),
+            "completion": ClassLabel(names=["a", "b"]),
+        }
+    )
+    rows = {"task": [1, 0], "prompt": ["oak", "elm"], "completion": [0, 1]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    examples = read_examples(str(tmp_path / "train.parquet"))
+    assert examples["task"][:] == ["size", "leaf"]
+    assert [messages[-1]["content"] for messages in examples["messages"]] == ["a", "b"]
+
+
+def test_a_csv_file_beside_the_rows_is_no_matter(tmp_path):
+    write_rows(tmp_path, [{"task": "leaf", "prompt": "Q", "completion": "A"}])
+    (tmp_path / "codes.csv").write_text("code,text\n1,x\n")
+    assert len(read_examples(str(tmp_path))) == 1
+
+
+@pytest.mark.parametrize("there", ["dev", "val", "valid", "validation"])
+@pytest.mark.parametrize("wanted", ["dev", "val", "valid", "validation"])
+def test_splits_are_found_by_any_of_their_words(there, wanted):
+    splits = DatasetDict(train=Dataset.from_dict({"a": [1]}), **{there: Dataset.from_dict({"a": [2]})})
+    assert _pick_split(splits, "data", wanted)["a"][:] == [2]
+
+
+def test_a_hub_that_cannot_be_asked_is_no_dataset_without_tasks(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        FileNotFoundError, match="No data at 'me/data' .* tasks.json on the Hub, .* go online, or use a local copy"
+    ):
+        read_task_info("me/data")
+
+
+@pytest.mark.parametrize(
+    "row", [{"instruction": ["Q"], "output": "x"}, {"instruction": "Q", "input": ["p"], "output": "x"}]
+)
+def test_a_list_is_no_question(row, tmp_path):
+    with pytest.raises(ValueError, match="is no text; write a text, or a conversation"):
+        read_examples(write_rows(tmp_path, [{"task": "leaf", **row}]))
 
 
 def test_a_row_may_have_several_tasks_or_a_number_for_one(tmp_path):
@@ -189,6 +262,16 @@ def test_an_answer_that_the_template_leaves_open_is_closed_with_eos():
         tokenize(LEAF, tokenizer)
 
 
+@pytest.mark.parametrize("answer", ["broad", "think", "</s>x"])
+def test_what_a_template_writes_before_every_answer_belongs_to_the_prompt(answer):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = TEMPLATE.replace("'<bot> ' }}{{", "'<bot> <think> </think> ' }}{{")
+    prompt, rest = tokenize([LEAF[0], {"role": "assistant", "content": answer}], tokenizer)
+    assert tokenizer.decode(prompt).split()[-3:] == ["<bot>", "<think>", "</think>"]
+    assert rest == tokenizer(f"{answer} </s>")["input_ids"]
+
+
 def test_a_template_that_rewrites_its_prompt_is_an_error():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ messages | length }} {% for m in messages %}{{ m.content }}{% endfor %}"
@@ -243,6 +326,23 @@ def test_proportional_mixing_is_a_shuffle_and_the_seed_decides():
         assert first["row"][:] == mix(examples, strategy=strategy, seed=1)["row"][:]
         assert first["row"][:] != mix(examples, strategy=strategy, seed=2)["row"][:]
     assert sorted(mix(examples, seed=3)["row"]) == list(range(40))
+
+
+@pytest.mark.parametrize("rows", [{"a": 50, "b": 7, "c": 1}, {"a": 3}])
+@pytest.mark.parametrize(("strategy", "power"), [("uniform", 0.0), ("temperature", 0.5)])
+def test_mixing_draws_as_datasets_interleaves(rows, strategy, power):
+    examples = make_examples(**rows)
+    parts = [examples.filter(lambda row, task=task: row["task"] == task).shuffle(seed=5) for task in rows]
+    weights = [n**power for n in rows.values()]
+    shares = [weight / sum(weights) for weight in weights]
+    expected = interleave_datasets(parts, probabilities=shares, seed=5, stopping_strategy="all_exhausted")
+    mixed = mix(examples, strategy=strategy, temperature=2.0, seed=5)
+    assert mixed["row"][:] == expected["row"][: len(examples)]
+
+
+def test_a_task_that_is_hardly_ever_drawn_takes_no_time():
+    mixed = mix(make_examples(a=1000, b=2), strategy="temperature", temperature=0.1)
+    assert Counter(mixed["task"]) == {"a": 1002}
 
 
 def test_mixing_refuses_what_it_does_not_know():

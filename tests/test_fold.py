@@ -7,12 +7,13 @@ import sys
 import pytest
 import torch
 from helpers import TARGETS, TASKS, config_for, logits, routed
-from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny_models import make_inputs, make_model
 
 from peft_moe import fold
 from peft_moe.cli import main
+from peft_moe.directory import FILES, adapter_directory
 
 ARCHITECTURES = ["llama", "gpt2", "opt", "bert", "t5", "vit"]
 
@@ -132,6 +133,24 @@ def test_nothing_on_disk_is_lost(tmp_path):
     assert (out / "adapter_model.safetensors").read_bytes() != before
     assert (out / "notes.txt").read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f"]
+
+
+def test_a_link_to_another_place_is_written_into_there(tmp_path):
+    """Which may be another file system, where files of a folder beside the link could not be moved to."""
+    model = routed("llama")
+    place, link = tmp_path / "elsewhere" / "f", tmp_path / "link"
+    place.mkdir(parents=True)
+    link.symlink_to(place)
+    for task in ("icd", "rad"):
+        with adapter_directory(link, overwrite=True) as work:
+            assert work.parent.resolve() == place
+            for name in FILES:
+                (work / name).write_text(task if name != "adapter_config.json" else json.dumps({"task": task}))
+        assert sorted(path.name for path in place.iterdir()) == sorted(FILES)
+        assert (place / "README.md").read_text() == task
+    fold(model, link, task="icd", overwrite=True)
+    assert PeftConfig.from_pretrained(place).r == 8
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_only_our_adapters_can_be_folded(tmp_path):

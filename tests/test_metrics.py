@@ -65,3 +65,19 @@ def test_unknown_names_and_empty_inputs_are_errors():
         load_metric("bleu")
     with pytest.raises(ValueError, match="token_f1 has nothing to score"):
         load_metric("token_f1").compute(predictions=[], references=[])
+
+
+@pytest.mark.parametrize(
+    ("name", "prediction", "reference", "expected"),
+    [
+        ("rouge_l", "患者有糖尿病", "患者有糖尿病", 1.0),
+        ("rouge_l", "患者有糖尿病", "患者没有糖尿病", 12 / 13),
+        ("rouge_l", "пациент здоров", "пациент болен", 0.5),
+        ("rouge_l", "Übelkeit", "belkeit", 0.0),
+        ("rouge_l", "no_fever, 38.5", "no fever 38 5", 1.0),
+        ("token_f1", "患者有糖尿病史", "患者有糖尿病", 12 / 13),
+        ("token_f1", "пациент здоров", "пациент болен", 0.5),
+    ],
+)
+def test_words_of_other_scripts_count(name, prediction, reference, expected):
+    assert load_metric(name).compute(predictions=[prediction], references=[reference])[name] == pytest.approx(expected)

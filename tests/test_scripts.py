@@ -18,7 +18,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig
 from safetensors.torch import load_file
 from tiny_models import make_model
 from tiny_text import make_tokenizer, write_data
-from train import METHODS, AdapterArguments, DataArguments, ModelArguments, main
+from train import METHODS, AdapterArguments, DataArguments, ModelArguments, load_model, main
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from peft_moe import MedMoeLoraConfig, MoeLoraConfig, MoLoraConfig
@@ -105,6 +105,33 @@ def test_evaluating_the_trained_adapter_gives_the_scores_that_training_saved(rec
     saved = json.loads((out / "test_results.json").read_text())["test"]
     assert json.loads((tmp_path / "scores.json").read_text())["results"] == saved
     assert saved["mean"]["score"] > 0
+
+
+def test_the_adapter_is_saved_before_anything_can_go_wrong_while_it_is_scored(recipe, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError("too long")
+
+    monkeypatch.setattr("train.score_with_trainer", fail)
+    with pytest.raises(MemoryError):
+        main([str(recipe), "--save_strategy", "no"])
+    assert PeftConfig.from_pretrained(tmp_path / "out").task_names == ["size", "leaf"]
+    assert load_file(tmp_path / "out" / WEIGHTS)
+    assert (tmp_path / "out" / "README.md").exists()
+
+
+def test_tasks_that_cannot_be_scored_are_named_before_training(recipe, data, tmp_path):
+    other = shutil.copytree(data, tmp_path / "data")
+    for path in other.iterdir():
+        path.write_text(path.read_text().replace('"leaf"', '"mean"'))
+    with pytest.raises(ValueError, match="A task is called 'mean'"):
+        main([str(recipe), "--dataset", str(other)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_knows_the_revision_of_its_base_model(base):
+    config = MoeLoraConfig(task_type="CAUSAL_LM", tasks=["a"], num_experts=2, r=4)
+    model, _ = load_model(ModelArguments(model_name_or_path=str(base), revision="v1.5"), config)
+    assert model.active_peft_config.revision == "v1.5"
 
 
 def test_the_best_checkpoint_is_kept_and_becomes_the_adapter(recipe, tmp_path):

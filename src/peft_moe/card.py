@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -160,7 +162,7 @@ def _scores(results: Mapping[str, Mapping[str, Any]] | None, split: str) -> str:
 def _loading(model: peft.PeftModel, name: str) -> str:
     config: Any = model.active_peft_config
     ours = isinstance(config, MoeConfig)
-    choose = 'model.set_task("{}")  # or task_ids=[...] per call, one task for each row'
+    choose = "model.set_task({})  # or task_ids=[...] per call, one task for each row"
     auto = f"Auto{type(model).__name__}"
     base = config.base_model_name_or_path
     lines = [
@@ -170,7 +172,7 @@ def _loading(model: peft.PeftModel, name: str) -> str:
         "",
         f'model = {auto}.from_pretrained("{name}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        *([choose.format(config.task_names[0])] if method_of(config).by_task else []),
+        *([choose.format(json.dumps(config.task_names[0], ensure_ascii=False))] if method_of(config).by_task else []),
     ]
     install = "`pip install peft_moe`, then:\n\n" if ours else ""
     local = "" if _hub_id(base) else f"\n\nThe base model is a local folder, `{base}`, and must be there to load."
@@ -181,5 +183,5 @@ def _folding(config: MoeLoraConfig, name: str) -> str:
     task = config.task_names[0]
     return (
         "## As a stock LoRA\n\nOne task as a plain LoRA directory, which peft and servers load without peft_moe:\n\n"
-        f"```bash\npeft-moe fold {name} --task {task} --out {task}-lora\n```"
+        f"```bash\npeft-moe fold {quote(name)} --task {quote(task)} --out {quote(f'{task}-lora')}\n```"
     )

@@ -215,5 +215,6 @@ def method_of(config: peft.PeftConfig) -> Method:
 def table(header: tuple[str, ...], rows: Any) -> str:
     """A Markdown table."""
     lines = [header, ("---",) * len(header), *rows]
-    # A pipe inside a cell would start another cell.
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    # A pipe inside a cell would start another cell, and a line break another row.
+    cells = [[" ".join(str(cell).splitlines()).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

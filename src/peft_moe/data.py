@@ -6,6 +6,9 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
+
 from .checks import check_count, is_number
 from .reading import Message, TaskInfo, read_examples, read_task_info
 
@@ -26,6 +29,7 @@ __all__ = [
 ]
 
 Strategy = Literal["proportional", "uniform", "temperature"]
+ANSWER = "\ufffc"  # stands for an answer, to find out what a template writes around it
 
 
 def task_key(task: str | Sequence[str]) -> str:
@@ -102,8 +106,9 @@ def encode(
 def tokenize(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Token ids of the prompt, and of the answer with its end token; training and generation both start from these.
 
-    Prompt and answer are tokenized apart, so a model trained on them meets the same prompt when it generates. Raises
-    `ValueError` if a chat template does not continue its own prompt, or if neither it nor the tokenizer ends an answer.
+    Prompt and answer are tokenized apart, so a model trained on them meets the same prompt when it generates. What a
+    template writes before every answer, such as an empty `<think>` block, belongs to the prompt. Raises `ValueError` if
+    a chat template does not continue its own prompt, or if neither it nor the tokenizer ends an answer.
     """
     *context, answer = messages
     eos = tokenizer.eos_token_id
@@ -121,6 +126,11 @@ def tokenize(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) ->
                 f"found: {prompt!r} does not start {whole!r}. Set tokenizer.chat_template to one that only appends."
             )
         rest = whole[len(prompt) :].rstrip()  # templates put a line break after the end-of-turn token
+        if not rest.startswith(answer["content"].strip()):
+            other = tokenizer.apply_chat_template([*context, answer | {"content": ANSWER}], tokenize=False)
+            before, found, _ = str(other)[len(prompt) :].partition(ANSWER)
+            if found and rest.startswith(before):
+                prompt, rest = prompt + before, rest[len(before) :]
         prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     answer_ids = tokenizer(rest, add_special_tokens=False)["input_ids"]
     if rest.endswith(answer["content"].strip()):  # no template put an end-of-turn token after the answer
@@ -146,8 +156,6 @@ def mix(examples: Dataset, *, strategy: Strategy = "proportional", temperature: 
     Example:
         `mix(read_examples("data/medmulti/tiny"), strategy="temperature", temperature=2.0, seed=0)`
     """
-    from datasets import interleave_datasets
-
     if strategy not in get_args(Strategy):
         raise ValueError(f"strategy={strategy!r} is unknown; use one of {list(get_args(Strategy))}.")
     if not is_number(temperature) or temperature < 0.1:  # where small tasks would hardly ever be drawn
@@ -158,13 +166,21 @@ def mix(examples: Dataset, *, strategy: Strategy = "proportional", temperature: 
         raise ValueError("There are no rows to mix; give at least one.")
     if strategy == "proportional":
         return examples.shuffle(seed=seed)
-    parts = [examples.select(rows).shuffle(seed=seed) for rows in _rows_of_tasks(examples).values()]
+    parts = [np.array(rows)[_shuffled(len(rows), seed)] for rows in _rows_of_tasks(examples).values()]
     largest = max(map(len, parts))
     weights = [1.0 if strategy == "uniform" else (len(part) / largest) ** (1 / temperature) for part in parts]
     shares = [weight / sum(weights) for weight in weights]
-    # all_exhausted uses every row at least once, so it never yields fewer rows than there are
-    mixed = interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
-    return mixed.select(range(len(examples)))
+    drawn = np.random.default_rng(seed).choice(len(parts), size=len(examples), p=shares)
+    mixed = np.empty(len(examples), dtype=np.int64)
+    for index, part in enumerate(parts):
+        here = drawn == index
+        mixed[here] = np.resize(part, here.sum())  # from the first row again where it has been through
+    return examples.select(mixed)
+
+
+def _shuffled(n: int, seed: int) -> npt.NDArray[np.int64]:
+    """The numbers below n, in an order of this seed."""
+    return np.random.default_rng(seed).permutation(n)
 
 
 def check_tasks(examples: Dataset, tasks: Sequence[str]) -> None:

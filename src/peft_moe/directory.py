@@ -27,7 +27,7 @@ def check_free(out_dir: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def adapter_directory(out_dir: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `out_dir` to write an adapter into, whose files take their place at the end of the `with` block.
+    """A folder to write an adapter into, whose files take their place in `out_dir` at the end of the `with` block.
 
     The config, without which nothing loads, comes last. An error leaves `out_dir` as it was. A process that is killed
     leaves the old adapter or the new one; or, where their configs differ, none for the moment in which the old weights
@@ -38,14 +38,25 @@ def adapter_directory(out_dir: Path, *, overwrite: bool) -> Iterator[Path]:
         NotADirectoryError: it, or a folder above it, is a file.
     """
     check_free(out_dir, overwrite=overwrite)
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as work:
-        yield Path(work)
+    with folder_near(out_dir) as work:
+        yield work
         out_dir.mkdir(exist_ok=True)
-        if _settings(out_dir / CONFIG_NAME) != _settings(Path(work) / CONFIG_NAME):
+        if _settings(out_dir / CONFIG_NAME) != _settings(work / CONFIG_NAME):
             (out_dir / CONFIG_NAME).unlink(missing_ok=True)
         for name in FILES:
-            (Path(work) / name).replace(out_dir / name)
+            (work / name).replace(out_dir / name)
+
+
+@contextmanager
+def folder_near(out: Path) -> Iterator[Path]:
+    """A hidden folder for the span of a `with` block, on the file system of a folder that may not be there yet.
+
+    It is in `out` if that is there: a link or a mount may be on another file system than what it stands in, and files
+    could not be moved from there.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out if out.is_dir() else out.parent, prefix=f".{out.name}-") as work:
+        yield Path(work)
 
 
 def read_config(source: str | Path, **hub_kwargs: Any) -> PeftConfig:

@@ -111,7 +111,7 @@ def score(predictions: Sequence[str], examples: Dataset, info: Mapping[str, Task
         raise ValueError(f"predictions={predictions!r} is one text; give a list with one for each row.")
     if len(predictions) != len(examples):
         raise ValueError(f"{len(predictions)} predictions for {len(examples)} examples; give one for each row.")
-    metrics = _metrics(examples, info)
+    metrics = metrics_of(examples, info)
     pairs: dict[str, tuple[list[str], list[str]]] = {task: ([], []) for task in metrics}
     for prediction, task, messages in zip(predictions, examples["task"], examples["messages"], strict=True):
         pairs[task_key(task)][0].append(prediction)
@@ -148,7 +148,7 @@ def evaluate_tasks(
     Example:
         `evaluate_tasks(model, tokenizer, examples, read_task_info("data/medmulti/tiny"), batch_size=32)`
     """
-    _metrics(examples, info)
+    metrics_of(examples, info)
     return score(generate_answers(model, tokenizer, examples, **generation), examples, info)
 
 
@@ -193,8 +193,13 @@ def _left_padded(prompts: list[torch.Tensor], pad: int, device: torch.device) ->
     return {"input_ids": padded(prompts, pad), "attention_mask": padded([torch.ones_like(row) for row in prompts], 0)}
 
 
-def _metrics(examples: Dataset, info: Mapping[str, TaskInfo]) -> dict[str, str]:
-    """The metric of each task that occurs, in the order of info, then of the rows."""
+def metrics_of(examples: Dataset, info: Mapping[str, TaskInfo]) -> dict[str, str]:
+    """The metric of each task that occurs, in the order of info, then of the rows.
+
+    Raises:
+        ValueError: no rows, a task called "mean", or an unknown metric.
+        ImportError: a package that a metric needs is missing; the message says what to install.
+    """
     if not len(examples):
         raise ValueError("There are no rows to score; give at least one.")
     found = dict.fromkeys(map(task_key, examples["task"]))
@@ -203,7 +208,7 @@ def _metrics(examples: Dataset, info: Mapping[str, TaskInfo]) -> dict[str, str]:
     tasks = [task for task in info if task in found] + [task for task in found if task not in info]
     metrics = {task: info[task].metric if task in info else "exact_match" for task in tasks}
     for metric in set(metrics.values()):
-        load_metric(metric)
+        _compute(metric, ["x"], ["x"])  # some need a package
     return metrics
 
 

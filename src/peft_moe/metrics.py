@@ -6,6 +6,7 @@ the line breaks. All return one number from 0 to 1 under the metric's name.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -13,6 +14,11 @@ from typing import Any
 
 import evaluate
 from datasets import Features, Value
+
+# Scripts without spaces between words: kana, Chinese characters and their compatibility forms.
+UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+WORDS = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
+LETTERS = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
 
 
 def normalise(text: str) -> str:
@@ -64,7 +70,10 @@ class MacroF1(_AnswerMetric):
 
 
 class TokenF1(_AnswerMetric):
-    """Mean over rows of the F1 of shared words, each counted as often as it occurs; two empty texts agree."""
+    """Mean over rows of the F1 of shared words, each counted as often as it occurs; two empty texts agree.
+
+    Words stand between white space; of scripts that write none (Chinese, Japanese), each character is one.
+    """
 
     def _score(self, predictions: list[str], references: list[str]) -> float:
         return _mean(predictions, references, _word_f1)
@@ -95,10 +104,14 @@ class SlotF1(_AnswerMetric):
 
 
 class RougeL(_AnswerMetric):
-    """Mean ROUGE-L F-measure, by the `rouge_score` package without stemming (its tokens are runs of a-z and 0-9)."""
+    """Mean ROUGE-L F-measure, by the `rouge_score` package without stemming.
+
+    Its own tokens are runs of a-z and 0-9, which other scripts have none of. Here they are runs of letters and digits
+    of any script, which is the same for English, and each character of scripts that put no space between words.
+    """
 
     def _score(self, predictions: list[str], references: list[str]) -> float:
-        scorer = _optional("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+        scorer = _optional("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=_Words())
         return _mean(
             predictions,
             references,
@@ -152,13 +165,20 @@ def _f1(prediction: Counter[Any], reference: Counter[Any]) -> float:
 
 
 def _word_f1(prediction: str, reference: str) -> float:
-    return _f1(Counter(prediction.split()), Counter(reference.split()))
+    return _f1(Counter(WORDS.findall(prediction)), Counter(WORDS.findall(reference)))
 
 
 def _line_f1(prediction: str, reference: str) -> float:
     lines, wanted = prediction.splitlines(), reference.splitlines()
     longer = max(len(lines), len(wanted))
     return sum(map(_word_f1, lines, wanted)) / longer if longer else 1.0
+
+
+class _Words:
+    """What `rouge_score` asks for tokens."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return LETTERS.findall(text)
 
 
 def _slots(texts: list[str]) -> Counter[tuple[int, str, str]]:

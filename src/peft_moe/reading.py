@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -39,7 +39,7 @@ def read_task_info(source: str, *, revision: str | None = None) -> dict[str, Tas
         revision: branch, tag or commit of the Hub dataset.
 
     Returns one `TaskInfo` per task, in the file's order; nothing if there is no such file. Raises `ValueError` if it
-    has another shape, or a metric that is not known.
+    has another shape, or a metric that is not known, and `FileNotFoundError` if the Hub cannot be asked for it.
 
     Example:
         `read_task_info("data/medmulti/tiny")["icd_chapter"].metric`
@@ -50,6 +50,14 @@ def read_task_info(source: str, *, revision: str | None = None) -> dict[str, Tas
     else:
         try:
             path = Path(hf_hub_download(source, "tasks.json", repo_type="dataset", revision=revision))
+        except LocalEntryNotFoundError as error:  # which is an EntryNotFoundError too
+            known = try_to_load_from_cache(source, "tasks.json", repo_type="dataset", revision=revision)
+            if known is _CACHED_NO_EXIST:
+                return {}
+            raise FileNotFoundError(
+                f"No data at {source!r} in a file or folder, and whether it has a tasks.json on the Hub, which says "
+                f"how tasks are scored, cannot be told ({error}); go online, or use a local copy."
+            ) from None
         except (EntryNotFoundError, HFValidationError):
             return {}
     if not path.exists():
@@ -110,6 +118,7 @@ def read_examples(
     A row carries `messages`, or `prompt` and `completion`, or `instruction`, `input` and `output`; the instruction may
     come from `tasks.json` instead. Raises `FileNotFoundError` if there is no such data, and `ValueError` for an unknown
     split, a file without rows or with something else, or a row (counted from 1) without task, question or answer.
+    What stands in a CSV or JSON file stays as it is written there: `007` and `2020-01-01` are no number and no time.
 
     Example:
         `read_examples("data/medmulti/tiny", split="dev")[0]["messages"]`
@@ -118,7 +127,7 @@ def read_examples(
 
     if protocol not in get_args(Protocol):
         raise ValueError(f"protocol={protocol!r} is unknown; use one of {list(get_args(Protocol))}.")
-    rows = _pick_split(_load(source, revision), source, split)
+    rows = _with_names(_pick_split(_load(source, revision), source, split))
     named = task_column in rows.column_names
     if not named and task_needed:
         raise ValueError(
@@ -151,22 +160,28 @@ def read_examples(
 
 
 def _load(source: str, revision: str | None) -> DatasetDict:
-    from datasets import load_dataset
+    from datasets import load_dataset, load_dataset_builder
     from datasets.exceptions import DatasetGenerationError
+    from datasets.packaged_modules.csv.csv import CsvConfig
+    from datasets.packaged_modules.json.json import JsonConfig
     from pyarrow import ArrowInvalid
+
+    from .raw_values import as_texts, with_raw_values
 
     if not str(source):
         raise FileNotFoundError("No data at ''; use a file, a folder, or the id of a Hub dataset.")
     path = Path(source)
     if path.is_file() and path.suffix not in BUILDERS:
         raise ValueError(f"{source} ends in {path.suffix!r}; use a file that ends in one of {list(BUILDERS)}.")
-    # Without this, pandas reads an answer such as "NA" or "null" as a missing one.
-    options = {"keep_default_na": False} if path.suffix == ".csv" or any(path.glob("*.csv")) else {}
     try:
+        name, where = source, dict[str, Any](revision=revision)
         if path.is_file():
-            split = SPLITS.get(path.stem, "train")
-            return load_dataset(BUILDERS[path.suffix], data_files={split: str(path)}, **options)
-        return load_dataset(source, revision=revision, **options)
+            name, where = BUILDERS[path.suffix], {"data_files": {SPLITS.get(path.stem, "train"): str(path)}}
+        builder = load_dataset_builder(name, **where)
+        if isinstance(builder.config, CsvConfig):
+            return load_dataset(name, **where, **as_texts(builder.config))
+        splits = load_dataset(name, **where)
+        return with_raw_values(splits, builder.config) if isinstance(builder.config, JsonConfig) else splits
     except (FileNotFoundError, ConnectionError, HFValidationError) as error:
         raise FileNotFoundError(
             f"No data at {source!r} ({error}); use a {', '.join(BUILDERS)} file, a folder with train, validation or "
@@ -182,10 +197,25 @@ def _load(source: str, revision: str | None) -> DatasetDict:
 
 
 def _pick_split(splits: DatasetDict, source: str, split: str | None) -> Dataset:
-    wanted = SPLITS.get(split, split) if split else next(iter(splits)) if len(splits) == 1 else "train"
+    wanted = split if split else next(iter(splits)) if len(splits) == 1 else "train"
+    if wanted not in splits and wanted in SPLITS:  # another word for the same
+        wanted = next((name for name in splits if SPLITS.get(name) == SPLITS[wanted]), wanted)
     if wanted not in splits:
         raise ValueError(f"{source} has no split {split or wanted!r}; use split= one of {list(splits)}.")
     return splits[wanted]
+
+
+def _with_names(rows: Dataset) -> Dataset:
+    """Rows whose class labels, which are numbers to the file, are their names."""
+    from datasets import ClassLabel, List, Value
+
+    for name, feature in rows.features.items():
+        label = feature.feature if isinstance(feature, List) else feature
+        if isinstance(label, ClassLabel):
+            values = [None if value is None else label.int2str(value) for value in rows[name]]
+            texts = List(Value("string")) if isinstance(feature, List) else Value("string")
+            rows = rows.remove_columns(name).add_column(name, values, feature=texts)
+    return rows
 
 
 def _tasks(value: Any) -> list[str]:
@@ -210,7 +240,7 @@ def _messages(
     elif "output" in row:
         question, answer = _instruction(row, tasks, info), row["output"]
         if "input" in row:
-            question += f"\n{row['input']}"
+            question = f"{question}\n{row['input']}" if isinstance(row["input"], (str, int, float)) else row["input"]
     else:
         raise ValueError("it has no question and answer; use messages, or prompt and completion, or input and output.")
     if isinstance(question, (list, dict)) or isinstance(answer, (list, dict)):
@@ -220,6 +250,8 @@ def _messages(
 
 def _instruction(row: Mapping[str, Any], tasks: list[str], info: Mapping[str, TaskInfo]) -> str:
     if "instruction" in row:
+        if isinstance(row["instruction"], (list, dict)):
+            raise ValueError("its instruction is no text; write a text, or a conversation as 'messages'.")
         return str(row["instruction"])
     known = [text for task in tasks if task in info and (text := info[task].instruction)]
     if not known:

@@ -103,7 +103,7 @@ def _calibrated(arguments: argparse.Namespace, config: Any, hub: dict[str, Any])
     for option in ("rows", "batch_size", "max_length", "rank"):
         if getattr(arguments, option) is not None:
             check_count(f"--{option.replace('_', '-')}", getattr(arguments, option), "no count")
-    examples = read_examples(arguments.calibrate, split=arguments.split).shuffle(seed=0)
+    examples = read_examples(arguments.calibrate, split=arguments.split, task_needed=False).shuffle(seed=0)
     examples = examples.select(range(min(arguments.rows, len(examples))))
     source = Source(arguments.adapter, config, base_model=arguments.base_model, hub=hub)
     tokenizer = source.tokenizer()

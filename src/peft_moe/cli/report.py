@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,21 +70,22 @@ def run(arguments: argparse.Namespace) -> None:
 
 @contextmanager
 def report_directory(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `out` to write a report into, whose files take their place at the end of the `with` block.
+    """A folder to write a report into, whose files take their place in `out` at the end of the `with` block.
 
     Files of the report that was there and that the new one does not have are removed. An error leaves `out` as it was.
 
     Raises:
         FileExistsError, NotADirectoryError: as `check_free`.
     """
+    from ..directory import folder_near
+
     check_free(out, overwrite=overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as work:
-        yield Path(work)
+    with folder_near(out) as work:
+        yield work
         out.mkdir(exist_ok=True)
         for name in _names():
-            if (Path(work) / name).exists():
-                (Path(work) / name).replace(out / name)
+            if (work / name).exists():
+                (work / name).replace(out / name)
             else:
                 (out / name).unlink(missing_ok=True)
 
