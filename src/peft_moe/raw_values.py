@@ -23,7 +23,7 @@ def as_texts(config: CsvConfig) -> dict[str, Any]:
 
 
 def with_raw_values(splits: DatasetDict, config: JsonConfig) -> DatasetDict:
-    """JSON rows whose columns of times and of numbers with a point have again what the files have."""
+    """JSON rows whose columns of times, and of whole numbers among others, are what the files have, as texts."""
     for split, rows in splits.items():
         changed = [name for name, feature in rows.features.items() if _is_made(getattr(feature, "dtype", ""))]
         if changed:
@@ -47,6 +47,8 @@ def _put_back(rows: Dataset, columns: list[str], files: list[str]) -> Dataset:
         )
     for name in columns:
         values = [row.get(name) for row in raw]
+        if all(value is None or isinstance(value, float) for value in values):
+            continue  # numbers with a point, as they were
         texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
         rows = rows.remove_columns(name).add_column(name, texts, feature=Value("string"))
     return rows
