@@ -106,6 +106,27 @@ def test_values_of_a_json_file_stay_as_they_are_written(form, tmp_path):
     assert read == [["2020-02-02", str(answer)] for answer in answers]
 
 
+def test_other_line_breaks_stand_in_texts_of_json_lines(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"task": "a", "prompt": "x\u2028y\u0085z", "completion": "2020-01-01"}\n', encoding="utf-8")
+    messages = read_examples(str(path))[0]["messages"]
+    assert [message["content"] for message in messages] == ["x\u2028y\u0085z", "2020-01-01"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has a file without rows"),
+        ("task,prompt,completion\n", "has a file without rows"),
+        ('task,prompt,completion\na,"b,c\n', "has a file that cannot be read as what its name ends in"),
+    ],
+)
+def test_a_csv_file_that_is_empty_or_broken_is_named(text, message, tmp_path):
+    (tmp_path / "train.csv").write_text(text)
+    with pytest.raises(ValueError, match=f"train.csv {message}"):
+        read_examples(str(tmp_path / "train.csv"))
+
+
 def test_class_labels_are_their_names(tmp_path):
     features = Features(
         {

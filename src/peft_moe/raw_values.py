@@ -64,6 +64,6 @@ def _read(file: str) -> list[dict[str, Any]]:
         found = json.loads(text)
         return found if isinstance(found, list) else []
     try:
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]  # texts may have other line breaks
     except ValueError:  # one object over several lines
         return []

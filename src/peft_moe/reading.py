@@ -118,7 +118,8 @@ def read_examples(
     A row carries `messages`, or `prompt` and `completion`, or `instruction`, `input` and `output`; the instruction may
     come from `tasks.json` instead. Raises `FileNotFoundError` if there is no such data, and `ValueError` for an unknown
     split, a file without rows or with something else, or a row (counted from 1) without task, question or answer.
-    What stands in a CSV or JSON file stays as it is written there: `007` and `2020-01-01` are no number and no time.
+    Texts in JSON files, and all values in CSV files, stay as they are written: `007` and `2020-01-01` are no number and
+    no time.
 
     Example:
         `read_examples("data/medmulti/tiny", split="dev")[0]["messages"]`
@@ -164,6 +165,7 @@ def _load(source: str, revision: str | None) -> DatasetDict:
     from datasets.exceptions import DatasetGenerationError
     from datasets.packaged_modules.csv.csv import CsvConfig
     from datasets.packaged_modules.json.json import JsonConfig
+    from pandas.errors import EmptyDataError, ParserError
     from pyarrow import ArrowInvalid
 
     from .raw_values import as_texts, with_raw_values
@@ -187,7 +189,9 @@ def _load(source: str, revision: str | None) -> DatasetDict:
             f"No data at {source!r} ({error}); use a {', '.join(BUILDERS)} file, a folder with train, validation or "
             "test files of these types, or the id of a Hub dataset."
         ) from error
-    except (DatasetGenerationError, ArrowInvalid) as error:
+    except EmptyDataError as error:
+        raise ValueError(f"{source} has a file without rows; fill it or take it away.") from error
+    except (DatasetGenerationError, ArrowInvalid, ParserError, UnicodeDecodeError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"{source} has a file that cannot be read as what its name ends in: {reason}") from error
     except (StopIteration, ValueError) as error:  # the first from a JSON file of no bytes
