@@ -15,6 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -49,45 +50,44 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_memory()
     torch.set_num_threads(arguments.threads)
-    rows = []
     if arguments.memory:
         print("| layer | E:K:r, tokens | dispatched, MiB | dense | LoRA |\n|---|---|---|---|---|")
     else:
         print("| layer | E:K:r, tokens | dispatched / dense | middle half | pays | dispatched / LoRA | dense / LoRA |")
         print("|---|---|---|---|---|---|---|")
-    for dtype in arguments.dtype.split(","):
-        for shape in arguments.shape.split(","):
-            for tokens in map(int, arguments.tokens.split(",")):
-                for experts in arguments.experts.split(","):
-                    n, m = map(int, shape.split("x"))
-                    e, k, r = map(int, experts.split(":"))
-                    sizes = {"n": n, "m": m, "num_experts": e, "k": k, "r": r, "tokens": tokens}
-                    steps = make_steps(**sizes, dtype=getattr(torch, dtype), skew=arguments.skew)
-                    label = f"| {shape}, {dtype} | {experts}, {tokens} | "
-                    row = {"shape": shape, "dtype": dtype, "experts": experts, "tokens": tokens}
-                    if arguments.memory:
-                        peaks = {name: peak_memory(step) for name, step in steps.items()}
-                        row |= {name: (peaks[name] - peaks["base"]) / 2**20 for name in ("dispatched", "dense", "LoRA")}
-                        print(label + f"{row['dispatched']:.1f} | {row['dense']:.1f} | {row['LoRA']:.1f} |", flush=True)
-                    else:
-                        row |= compare(steps, arguments.rounds, arguments.warmup)
-                        row["pays"] = pays(
-                            tokens=tokens,
-                            num_experts=e,
-                            k=k,
-                            r=r,
-                            dtype=getattr(torch, dtype),
-                            device=torch.device("cpu"),
-                        )
-                        low, high = row["quartiles"]
-                        print(
-                            label + f"{row['ratio']:.2f} | {low:.2f} to {high:.2f} | {'yes' if row['pays'] else 'no'} "
-                            f"| {row['dispatched_to_LoRA']:.2f} | {row['dense_to_LoRA']:.2f} |",
-                            flush=True,
-                        )
-                    rows.append(row)
+    rows = []
+    lists = (getattr(arguments, name).split(",") for name in ("dtype", "shape", "tokens", "experts"))
+    for dtype, shape, tokens, experts in product(*lists):
+        row = measure(dtype, shape, int(tokens), experts, arguments)
+        rows.append(row)
+        print(f"| {shape}, {dtype} | {experts}, {tokens} | {cells(row)} |", flush=True)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps({"settings": vars(arguments), "results": rows}, default=str, indent=1))
+
+
+def measure(dtype: str, shape: str, tokens: int, experts: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Times, or with `--memory` peaks, of one layer."""
+    n, m = map(int, shape.split("x"))
+    e, k, r = map(int, experts.split(":"))
+    of_experts: dict[str, Any] = {"num_experts": e, "k": k, "r": r, "tokens": tokens, "dtype": getattr(torch, dtype)}
+    steps = make_steps(n=n, m=m, **of_experts, skew=arguments.skew)
+    row: dict[str, Any] = {"shape": shape, "dtype": dtype, "experts": experts, "tokens": tokens}
+    if arguments.memory:
+        peaks = {name: peak_memory(step) for name, step in steps.items()}
+        return row | {name: (peaks[name] - peaks["base"]) / 2**20 for name in ("dispatched", "dense", "LoRA")}
+    row |= compare(steps, arguments.rounds, arguments.warmup)
+    return row | {"pays": pays(**of_experts, device=torch.device("cpu"))}
+
+
+def cells(row: dict[str, Any]) -> str:
+    """What a line of the table says of a layer."""
+    if "pays" not in row:
+        return " | ".join(f"{row[name]:.1f}" for name in ("dispatched", "dense", "LoRA"))
+    low, high = row["quartiles"]
+    return (
+        f"{row['ratio']:.2f} | {low:.2f} to {high:.2f} | {'yes' if row['pays'] else 'no'} "
+        f"| {row['dispatched_to_LoRA']:.2f} | {row['dense_to_LoRA']:.2f}"
+    )
 
 
 def make_steps(
@@ -104,9 +104,11 @@ def make_steps(
 
     spread, gate = torch.eye(num_experts).repeat_interleave(r, dim=1), nn.Parameter(torch.randn(num_experts, n))
 
-    def route(product: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def route(scores_of_gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         drawn = torch.randn(tokens, num_experts) + torch.linspace(0, skew, num_experts)
-        scores, experts = (0 * product + drawn).topk(k)  # another choice in each step, and a gradient for the gate
+        scores, experts = (0 * scores_of_gate + drawn).topk(
+            k
+        )  # another choice in each step, and a gradient for the gate
         return scores.softmax(-1), experts
 
     def step(forward: Callable[[], torch.Tensor]) -> None:
@@ -118,9 +120,9 @@ def make_steps(
         return add_experts(base(x), x, a, b, weights=weights, experts=experts, r=r, writable=True)
 
     def dense() -> torch.Tensor:
-        out, z, product = kernels.project(x, a, base=(base.weight, None), gate=gate)
-        weights, experts = route(product)
-        weights = torch.zeros_like(product).scatter(1, experts, weights)
+        out, z, scores = kernels.project(x, a, base=(base.weight, None), gate=gate)
+        weights, experts = route(scores)
+        weights = torch.zeros_like(scores).scatter(1, experts, weights)
         return kernels.add(out, z, b, weights=weights, spread=spread)
 
     return {

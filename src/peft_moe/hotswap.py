@@ -70,24 +70,11 @@ def hotswap_adapter(
         >>> model = torch.compile(PeftModel.from_pretrained(base_model, "monday"))
         >>> hotswap_adapter(model, "tuesday")
     """
-    peft_model = getattr(model, "_orig_mod", model)  # of torch.compile
-    tuner = getattr(peft_model, "base_model", None)
-    if not isinstance(peft_model, PeftModel) or not isinstance(tuner, MoeTuner):
-        raise TypeError(
-            f"hotswap_adapter takes a PeftModel with an adapter of peft_moe, not a {type(peft_model).__name__}; for "
-            "LoRA there is peft.utils.hotswap.hotswap_adapter."
-        )
-    old = peft_model.peft_config.get(adapter_name)
-    if not isinstance(old, MoeConfig):
-        raise ValueError(f"adapter_name={adapter_name!r}; the model has {sorted(peft_model.peft_config)}.")
-    if adapter_name in tuner.context.in_base:
-        raise ValueError(
-            f"Cannot hot-swap adapter {adapter_name!r} because it is merged into the base weights; call "
-            "model.unmerge_adapter() first."
-        )
+    peft_model, tuner, old = _adapter_of(model, adapter_name)
+    where = str(model_name_or_path)
     config: Any = read_config(model_name_or_path, **hub_kwargs)
-    check_configs(old, config, str(model_name_or_path))
-    check_layers(tuner, config, adapter_name, str(model_name_or_path))
+    check_configs(old, config, where)
+    check_layers(tuner, config, adapter_name, where)
     tuner.context.check_choice(adapter_name, config)
     of_groups = isinstance(config, GroupedMoeConfig) and config.group_weights is not None
     control = config.control(config.group_weights) if of_groups else None
@@ -95,8 +82,8 @@ def hotswap_adapter(
     places = get_peft_model_state_dict(
         peft_model, state_dict=saved_tensors(peft_model), adapter_name=adapter_name, save_embedding_layers=False
     )
-    leave_out_base_layers(peft_model, places, weights, str(model_name_or_path))
-    check_weights(places, weights, str(model_name_or_path))
+    leave_out_base_layers(peft_model, places, weights, where)
+    check_weights(places, weights, where)
 
     with tuner.context.turn(), torch.no_grad():  # calls of other threads wait
         for key, place in places.items():
@@ -108,6 +95,26 @@ def hotswap_adapter(
         tuner.context.fix(adapter_name, control)
     if isinstance(tuner, TokenRoutedTuner) and tuner.recording:
         tuner.record_routing(adapters=[adapter_name])
+
+
+def _adapter_of(model: nn.Module, adapter_name: str) -> tuple[PeftModel, MoeTuner, MoeConfig]:
+    """The model that is not compiled, its tuner, and the config of the adapter that is to be replaced."""
+    peft_model = getattr(model, "_orig_mod", model)  # of torch.compile
+    tuner = getattr(peft_model, "base_model", None)
+    if not isinstance(peft_model, PeftModel) or not isinstance(tuner, MoeTuner):
+        raise TypeError(
+            f"hotswap_adapter takes a PeftModel with an adapter of peft_moe, not a {type(peft_model).__name__}; for "
+            "LoRA there is peft.utils.hotswap.hotswap_adapter."
+        )
+    config = peft_model.peft_config.get(adapter_name)
+    if not isinstance(config, MoeConfig):
+        raise ValueError(f"adapter_name={adapter_name!r}; the model has {sorted(peft_model.peft_config)}.")
+    if adapter_name in tuner.context.in_base:
+        raise ValueError(
+            f"Cannot hot-swap adapter {adapter_name!r} because it is merged into the base weights; call "
+            "model.unmerge_adapter() first."
+        )
+    return peft_model, tuner, config
 
 
 def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

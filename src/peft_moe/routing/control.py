@@ -104,19 +104,7 @@ def control_of(
         ValueError: an unknown name, a number out of range, weights that add up to more than 1, or to less where nothing
             is left to take the rest, or everything switched off.
     """
-    for name, given in (("weights", weights), ("group_weights", group_weights)):
-        if not isinstance(given, (Mapping, type(None))):
-            raise ValueError(f"{name}={given!r} is no mapping; give {{'group': weight, ...}}.")
-    own, within = dict(group_weights or {}), {}
-    for group, value in (weights or {}).items():
-        if isinstance(value, Mapping):
-            within[group] = dict(value)
-        elif group in own:
-            raise ValueError(f"Group {group!r} has two weights, {value!r} and {own[group]!r}; give one.")
-        else:
-            own[group] = value
-    for group in [*own, *within]:
-        _check_name(group, list(groups), "group")
+    own, within = _sort_out(groups, weights, group_weights)
     off_groups, off_experts = _split_off(groups, off)
     if mix is not None:
         _check_number("mix", mix)
@@ -153,6 +141,27 @@ def plain(value: Any) -> Any:
     if isinstance(value, (tuple, set, frozenset)):
         return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
     return float(value) if isinstance(value, Real) and not isinstance(value, (int, float)) else value
+
+
+def _sort_out(
+    groups: Mapping[str, Sequence[str]], weights: GroupWeights | None, group_weights: Mapping[str, float] | None
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """The groups' own weights, and those of the experts within them."""
+    for name, given in (("weights", weights), ("group_weights", group_weights)):
+        if not isinstance(given, (Mapping, type(None))):
+            raise ValueError(f"{name}={given!r} is no mapping; give {{'group': weight, ...}}.")
+    own = dict(group_weights or {})
+    within: dict[str, dict[str, float]] = {}
+    for group, value in (weights or {}).items():
+        if isinstance(value, Mapping):
+            within[group] = dict(value)
+        elif group in own:
+            raise ValueError(f"Group {group!r} has two weights, {value!r} and {own[group]!r}; give one.")
+        else:
+            own[group] = value
+    for group in [*own, *within]:
+        _check_name(group, list(groups), "group")
+    return own, within
 
 
 def _lay_out(
