@@ -45,6 +45,7 @@ from peft_moe.data import TaskInfo, encode, mix, read_examples, read_task_info, 
 from peft_moe.dtypes import resolve_dtype
 from peft_moe.evaluation import metrics_of, table
 from peft_moe.matched import match_lora
+from peft_moe.reading import MissingSplitError
 from peft_moe.resume import last_complete_checkpoint
 from peft_moe.routing_images import RoutingImages, routes
 from peft_moe.training import TaskCollator, TaskEvaluation, score_with_trainer
@@ -252,12 +253,17 @@ def main(argv: list[str]) -> None:
         (ModelArguments, DataArguments, AdapterArguments, TrainingArguments), argv
     )
     set_seed(args.seed)
+    if args.eval_strategy != "no" and not data_args.eval_split:
+        raise ValueError(
+            f"--eval_strategy {args.eval_strategy.value} scores a split, and none is named; give --eval_split, or "
+            "--eval_strategy no --load_best_model_at_end false."
+        )
     with args.main_process_first(desc="reading the data"):
         info = read_task_info(data_args.dataset, revision=data_args.dataset_revision)
         splits = (data_args.train_split, data_args.eval_split, data_args.test_split)
         examples = {split: read_split(data_args, split, args.seed) for split in splits if split}
     split = data_args.test_split or data_args.eval_split
-    for part in {data_args.eval_split, split} - {None}:
+    for part in {part for part in (data_args.eval_split, split) if part}:
         metrics_of(examples[part], info)  # what cannot be scored is found out before training
     if adapter_args.method == "at_moe" and not adapter_args.train_experts:
         args.ddp_broadcast_buffers = False  # frozen experts are buffers, the same in all processes
@@ -321,13 +327,18 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
 
 def read_split(data_args: DataArguments, split: str, seed: int) -> Dataset:
     """One split of the data, of the tasks to train on; of the split to train on, the rows that the arguments choose."""
-    examples = read_examples(
-        data_args.dataset,
-        split=split,
-        task_column=data_args.task_column,
-        protocol=data_args.protocol,
-        revision=data_args.dataset_revision,
-    )
+    try:
+        examples = read_examples(
+            data_args.dataset,
+            split=split,
+            task_column=data_args.task_column,
+            protocol=data_args.protocol,
+            revision=data_args.dataset_revision,
+        )
+    except MissingSplitError as error:
+        flag = next(name for name in ("train_split", "eval_split", "test_split") if getattr(data_args, name) == split)
+        without = "" if flag == "train_split" else f" --{flag} null leaves it out."
+        raise ValueError(f"--{flag} {split}: {error}{without}") from None
     if data_args.train_tasks is not None:  # of every split: an adapter of some tasks is scored on these alone
         examples = select_tasks(examples, data_args.train_tasks, split)
     if split == data_args.train_split:

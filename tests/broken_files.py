@@ -137,7 +137,7 @@ IN_THE_TENSORS = {
     "of whole numbers": (lambda f: edit(f, lambda t: _all_in(t, torch.int64)), "is torch.int64, and weights are"),
 }
 IN_THE_CONFIG = {
-    "newer": (lambda f: set_field(f, moe_format=2), "moe_format=2: .* newer peft_moe.*pip install -U peft_moe"),
+    "newer": (lambda f: set_field(f, moe_format=2), "moe_format=2: .* newer peft_moe.*install the newer one"),
     "no format": (lambda f: set_field(f, moe_format="x"), "moe_format='x'"),
 }
 BREAKS = IN_THE_FILE | IN_THE_TENSORS | IN_THE_CONFIG

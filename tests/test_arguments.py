@@ -27,6 +27,13 @@ class Fields:
 
 
 @dataclass
+class Choices:
+    name: str
+    match: Literal["one", "two"] | None = None
+    options: dict[str, int] | str | None = None
+
+
+@dataclass
 class More:
     options: dict[str, int] | str | None = None
     when: Literal["auto", "on", "off", "no"] = "auto"
@@ -77,12 +84,40 @@ def test_a_real_recipe_fills_the_trainers_arguments(tmp_path):
     assert training.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
+NULL = {
+    "text": ("", ["--start", "null"], {"start": None}),
+    "text with =": ("start: there", ["--start=null"], {"start": None}),
+    "list": ("tasks: [b, c]", ["--tasks", "null"], {"tasks": None}),
+    "the last one counts": ("", ["--start", "null", "--start", "there"], {"start": "there"}),
+    "the last one counts, too": ("", ["--start", "there", "--start", "null"], {"start": None}),
+    "no field that may be None": ("name: null", ["--name", "null"], {"name": "null"}),
+}
+
+
+@pytest.mark.parametrize(("yaml", "flags", "expected"), NULL.values(), ids=NULL)
+def test_null_takes_a_value_back(yaml, flags, expected, tmp_path):
+    first, _ = parse(tmp_path, yaml if "name" in yaml else f"name: a\n{yaml}", *flags)
+    assert vars(first) == vars(Fields(name="a")) | expected
+
+
+def test_null_is_for_choices_and_mappings_and_fields_of_the_trainers_arguments(tmp_path):
+    yaml = (
+        f"name: a\noutput_dir: {tmp_path}\nuse_cpu: true\nreport_to: none\nmatch: one\noptions: {{d: 1}}\neval_delay: 3"
+    )
+    (tmp_path / "a.yml").write_text(yaml)
+    flags = ["--match", "null", "--options", "null", "--metric_for_best_model", "null", "--eval_steps", "null"]
+    first, training = parse_arguments([Choices, TrainingArguments], [str(tmp_path / "a.yml"), *flags])
+    assert (first.match, first.options, training.metric_for_best_model) == (None, None, None)
+    assert (training.eval_steps, training.eval_delay) == (None, 3)
+
+
 BAD = {
     "unknown key": ("name: a\nrang: 4", [], r"unknown argument 'rang' in .*a.yaml; did you mean rank"),
     "unknown flag": ("name: a", ["--task", "x"], "unknown argument '--task' on the command line; did you mean tasks?"),
     "nothing close": ("name: a", ["--zzz"], "unknown argument '--zzz' on the command line; --help lists"),
     "key twice a flag": ("name: a", ["--ra", "1"], "unknown argument '--ra'"),
     "wrong type": ("name: a\nrank: 4.5", [], "argument --rank: invalid int value: '4.5'"),
+    "null where there is none": ("name: a", ["--rank", "null"], "argument --rank: invalid int value: 'null'"),
     "wrong choice": ("name: a\nkind: three", [], "argument --kind: invalid choice: 'three'"),
     "missing": ("rank: 4", [], "the following arguments are required: --name"),
     "not a mapping": ("- name", [], "holds a list; write one `name: value` per line"),

@@ -9,7 +9,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, interlea
 from tiny_text import TEMPLATE, make_tokenizer, write_data
 from tokenizers.processors import TemplateProcessing
 
-from peft_moe.data import encode, mix, read_examples, read_task_info, take_per_task, tokenize
+from peft_moe.data import encode, mix, prompt_ids, read_examples, read_task_info, take_per_task, tokenize
 from peft_moe.reading import _pick_split
 
 MEDMULTI = Path(__file__).parents[1] / "data" / "medmulti" / "tiny"
@@ -291,6 +291,16 @@ def test_what_a_template_writes_before_every_answer_belongs_to_the_prompt(answer
     prompt, rest = tokenize([LEAF[0], {"role": "assistant", "content": answer}], tokenizer)
     assert tokenizer.decode(prompt).split()[-3:] == ["<bot>", "<think>", "</think>"]
     assert rest == tokenizer(f"{answer} </s>")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "template", [TEMPLATE, TEMPLATE.replace("'<bot> ' }}{{", "'<bot> <think> </think> ' }}{{"), None]
+)
+def test_a_question_reads_as_in_training(template):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = template
+    assert prompt_ids(LEAF[:-1], tokenizer) == tokenize(LEAF, tokenizer)[0]
 
 
 def test_a_template_that_rewrites_its_prompt_is_an_error():

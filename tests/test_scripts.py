@@ -128,6 +128,16 @@ def test_tasks_that_cannot_be_scored_are_named_before_training(recipe, data, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_data_with_one_split_is_enough(recipe, data, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    for name in ("train.jsonl", "tasks.json"):
+        shutil.copy(data / name, tmp_path / "data")
+    flags = ["--dataset", str(tmp_path / "data"), "--eval_split", "null", "--test_split", "null", "--max_steps", "1"]
+    main([str(recipe), *flags])
+    assert "No eval_split or test_split to score." in capsys.readouterr().out
+    assert (tmp_path / "out" / WEIGHTS).exists()
+
+
 def test_an_adapter_knows_the_revision_of_its_base_model(base):
     config = MoeLoraConfig(task_type="CAUSAL_LM", tasks=["a"], num_experts=2, r=4)
     model, _ = load_model(ModelArguments(model_name_or_path=str(base), revision="v1.5"), config)
@@ -345,7 +355,15 @@ def test_two_processes_train_one_adapter_and_share_the_evaluation(recipe, tmp_pa
     [
         (["--r", "5"], "r=5"),
         (["--tasks", "size"], "leaf"),
-        (["--eval_split", "exam", "--eval_strategy", "epoch"], "exam"),
+        (
+            ["--eval_split", "exam", "--eval_strategy", "epoch"],
+            r"^--eval_split exam: .* has no split 'exam'; use split= one of \[.*--eval_split null leaves it out.$",
+        ),
+        (["--train_split", "exam"], r"^--train_split exam: .* has no split 'exam'; use split= one of \[[^-]*$"),
+        (
+            ["--eval_split", "null", "--eval_strategy", "epoch"],
+            "--eval_strategy epoch scores a split, and none is named",
+        ),
     ],
 )
 def test_a_wrong_argument_is_named_before_training(recipe, tmp_path, flags, message):

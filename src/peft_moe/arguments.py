@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import Any
+from functools import wraps
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -14,6 +16,8 @@ from transformers import HfArgumentParser
 
 def parse_arguments(dataclass_types: Sequence[Any], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     """Fill dataclasses from a YAML file of their fields, from flags, or from both; flags win.
+
+    `null` is None in flags too, for fields that may be None: `--eval_split null` takes back what the file says.
 
     Args:
         dataclass_types: dataclasses whose fields are the arguments, as for transformers' `HfArgumentParser`.
@@ -28,7 +32,7 @@ def parse_arguments(dataclass_types: Sequence[Any], argv: Sequence[str] | None =
     """
     words = list(sys.argv[1:] if argv is None else argv)
     # The generated usage would name every field of every dataclass; --help still does.
-    parser = HfArgumentParser(dataclass_types, usage="%(prog)s [FILE.yaml] [--NAME VALUE ...]", allow_abbrev=False)
+    parser = _Parser(dataclass_types, usage="%(prog)s [FILE.yaml] [--NAME VALUE ...]", allow_abbrev=False)
     if words and words[0].endswith((".yaml", ".yml")):
         words[:1] = _flags(parser, words[0])
     try:
@@ -40,6 +44,37 @@ def parse_arguments(dataclass_types: Sequence[Any], argv: Sequence[str] | None =
     if unknown:
         parser.error(_unknown(parser, unknown[0], "on the command line"))
     return tuple(filled)
+
+
+class _Parser(HfArgumentParser):
+    """With the word `null` for None, as in YAML."""
+
+    def __init__(self, dataclass_types: Sequence[Any], **options: Any) -> None:
+        super().__init__(dataclass_types, **options)
+        hints: dict[str, Any] = {}
+        for dataclass_type in dataclass_types:
+            hints |= get_type_hints(dataclass_type)
+        self.may_be_none = {name for name, hint in hints.items() if NoneType in get_args(hint)}
+        for action in self._actions:
+            if action.dest in self.may_be_none:
+                action.type = _or_null(action.type or str)
+                action.choices = action.choices and [*action.choices, "null"]
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse, and None for `null`."""
+        namespace, rest = super().parse_known_args(args, namespace)
+        for name in self.may_be_none:
+            if getattr(namespace, name, None) in ("null", ["null"]):
+                setattr(namespace, name, None)
+        return namespace, rest
+
+
+def _or_null(read: Any) -> Callable[[str], Any]:
+    @wraps(read)
+    def read_or_null(word: str) -> Any:
+        return word if word == "null" else read(word)
+
+    return read_or_null
 
 
 def _flags(parser: HfArgumentParser, path: str) -> list[str]:

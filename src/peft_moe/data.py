@@ -21,6 +21,7 @@ __all__ = [
     "check_tasks",
     "encode",
     "mix",
+    "prompt_ids",
     "read_examples",
     "read_task_info",
     "take_per_task",
@@ -138,6 +139,23 @@ def tokenize(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) ->
             raise ValueError("Nothing ends an answer: the tokenizer has no end-of-turn token; set tokenizer.eos_token.")
         answer_ids.append(eos)
     return prompt_ids, answer_ids
+
+
+def prompt_ids(question: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a question as training has them: up to where the answer begins.
+
+    What a template writes before every answer is there too, such as an empty `<think>` block.
+
+    Args:
+        question: messages, `{"role": ..., "content": ...}`, the last of them the user's.
+        tokenizer: the one that the model was trained with.
+
+    Raises `ValueError` as `tokenize` does.
+
+    Example:
+        `prompt_ids([{"role": "user", "content": "Urgent or routine? Chest pain since noon."}], tokenizer)`
+    """
+    return tokenize([*question, {"role": "assistant", "content": ANSWER}], tokenizer)[0]
 
 
 def mix(examples: Dataset, *, strategy: Strategy = "proportional", temperature: float = 2.0, seed: int = 0) -> Dataset:

@@ -152,7 +152,8 @@ def _optional(module: str) -> Any:
         return import_module(module)
     except ModuleNotFoundError as error:
         package = module.partition(".")[0]
-        raise ImportError(f"This metric needs {package}; install it with `pip install peft_moe[train]`.") from error
+        name = {"sklearn": "scikit-learn"}.get(package, package)
+        raise ImportError(f"This metric needs {name}; install it with `pip install {name}`.") from error
 
 
 def _mean(predictions: list[str], references: list[str], score: Callable[[str, str], float]) -> float:

@@ -21,6 +21,10 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parqu
 SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(["dev", "val", "valid", "validation"], "validation")
 
 
+class MissingSplitError(ValueError):
+    """The data has no split of that name."""
+
+
 @dataclass(frozen=True)
 class TaskInfo:
     """What the data's `tasks.json` says about one task: how to ask for it and how to score it."""
@@ -205,7 +209,7 @@ def _pick_split(splits: DatasetDict, source: str, split: str | None) -> Dataset:
     if wanted not in splits and wanted in SPLITS:  # another word for the same
         wanted = next((name for name in splits if SPLITS.get(name) == SPLITS[wanted]), wanted)
     if wanted not in splits:
-        raise ValueError(f"{source} has no split {split or wanted!r}; use split= one of {list(splits)}.")
+        raise MissingSplitError(f"{source} has no split {split or wanted!r}; use split= one of {list(splits)}.")
     return splits[wanted]
 
 

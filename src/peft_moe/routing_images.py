@@ -46,7 +46,7 @@ class RoutingImages(TrainerCallback):
     def __init__(self, trainer: Trainer, *, images: bool | None = None, line: bool = True) -> None:
         there = find_spec("matplotlib") is not None
         if images and not there:
-            raise ImportError("Pictures need matplotlib; install it with `pip install 'peft_moe[plot]'`.")
+            raise ImportError("Pictures need matplotlib; install it with `pip install matplotlib`.")
         self.trainer, self.source = trainer, source_of(trainer)
         self.images, self.line = there if images is None else images, line
         self.training = False

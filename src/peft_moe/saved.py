@@ -35,7 +35,7 @@ class SavedConfig(PeftConfig):
         if self.moe_format > FORMAT:
             raise ValueError(
                 f"moe_format={self.moe_format}: the adapter was written by a newer peft_moe, and this one knows "
-                f"formats up to {FORMAT}; run: pip install -U peft_moe"
+                f"formats up to {FORMAT}; install the newer one."
             )
 
     @property

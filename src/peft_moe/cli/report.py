@@ -115,7 +115,7 @@ def _pictures() -> Any:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            "Heat maps need matplotlib; install it with `pip install 'peft_moe[plot]'`, or pass --no-pictures."
+            "Heat maps need matplotlib; install it with `pip install matplotlib`, or pass --no-pictures."
         ) from error
     return write_pictures
 

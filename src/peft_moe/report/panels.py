@@ -132,4 +132,4 @@ def _optional(module: str) -> Any:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        raise ImportError("Pictures need matplotlib; install it with `pip install 'peft_moe[plot]'`.") from error
+        raise ImportError("Pictures need matplotlib; install it with `pip install matplotlib`.") from error
