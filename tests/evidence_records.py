@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 from grid import EXPERIMENTS, forecast
 from plan import Run
-from records import read_rows
 from setups import ROOT, Setup
 from store import plain, write
-from tallies import Sheet, sheet_of, tally_rows, value
+from tallies import Sheet, read_test, sheet_of, tally_rows, value
 
 from peft_moe.data import task_key
 
@@ -21,11 +20,11 @@ LAYERS = 6
 
 @cache
 def rows_of(folder: str) -> tuple[list[dict], dict[str, str]]:
-    return read_rows(ROOT / folder)
+    return read_test(ROOT / folder)
 
 
 @cache
-def sheet_for(folder: str, scored: tuple[str, ...], setup_of_groups: tuple[str, ...] | None = None) -> Sheet:
+def sheet_for(folder: str, scored: tuple[str, ...]) -> Sheet:
     """The sheet of a run's rows, without strata that matter here."""
     rows, metrics = rows_of(folder)
     rows = [row for row in rows if not scored or task_key(row["task"]) in scored]

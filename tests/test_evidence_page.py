@@ -26,13 +26,13 @@ from peft_moe.evaluation import score
 from peft_moe.reading import read_examples, read_task_info
 
 PAGE = ROOT / "docs" / "evidence.md"
-TRUTH = {  # moelora wins, molora ties, medmoelora loses, at_moe has no records
+TRUTH = {  # moelora wins, molora ties, medmoelora loses; at_moe wins after one epoch, and loses after three
     "base": 0.1, "lora-r16": 0.5, "moelora": 0.8, "lora-like-molora-parameters": 0.6, "molora": 0.6,
     "lora-like-medmoelora-parameters": 0.7, "medmoelora": 0.4, "lora-like-at_moe-active": 0.6,
     "molora-k1": 0.6, "moelora-gate-per-layer": 0.5, "moelora-r32-n8": 0.7, "lora-r8": 0.5,
     "base-composite": 0.1, "lora-r16-of-single-tasks": 0.4, "moelora-of-single-tasks": 0.8,
     "moelora-without-icd_chronic": 0.7, "lora-r16-sampled-uniform": 0.5, "lora-r16-sampled-proportional": 0.7,
-    "moelora-longer": 0.9, "lora-r16-longer": 0.6,
+    "moelora-longer": 0.9, "lora-r16-longer": 0.6, "at_moe": 0.8, "lora-like-at_moe-passes": 0.95,
 }  # fmt: skip
 
 
@@ -75,41 +75,40 @@ def test_methods_that_are_better_alike_and_worse_win_tie_and_lose(made):
     verdicts = {name: cells[-3:-1] for name, cells in rows.items() if name.startswith("one epoch")}
     assert verdicts == {
         "one epoch: MOELoRA": ["**win**", "win"], "one epoch: MoLoRA": ["tie", "tie"],
-        "one epoch: Med-MoE-LoRA": ["**loss**", "loss"], "one epoch: AT-MoE": ["–", "–"],
+        "one epoch: Med-MoE-LoRA": ["**loss**", "loss"], "one epoch: AT-MoE": ["**win**", "win"],
     }  # fmt: skip
-    assert rows["one epoch: AT-MoE"] == ["LoRA, rank 144", "not run yet", "–", "–", "–", "–", "–"]
+    assert rows["three epochs: MoLoRA"] == ["LoRA, parameters of MoLoRA", "not run yet", "–", "–", "–", "–", "–"]
     assert rows["three epochs: MOELoRA"][-3] == "**win**"
-    assert rows["three epochs: AT-MoE"] == rows["one epoch: AT-MoE"]
+    assert rows["three epochs: AT-MoE"][-3] == "**loss**"
     lines = [
         line.strip("| ").split(" | ") for line in part(page.read_text(), "summary").splitlines() if "epoch" in line
     ]
     assert [(cells[0], cells[1], cells[4]) for cells in lines] == [
         (when, name, {"MOELoRA": "**win**"}.get(name, other.get(name, "–")))
-        for when, other in (("one epoch", {"MoLoRA": "tie", "Med-MoE-LoRA": "**loss**"}), ("three epochs", {}))
+        for when, other in (
+            ("one epoch", {"MoLoRA": "tie", "Med-MoE-LoRA": "**loss**", "AT-MoE": "**win**"}),
+            ("three epochs", {"AT-MoE": "**loss**"}),
+        )
         for name in ("MOELoRA", "MoLoRA", "Med-MoE-LoRA", "AT-MoE")
     ]
-    assert rows_of(page.read_text(), "others")["bare: mean"] == ["1", "–", "–", "0", "1"]
+    assert rows_of(page.read_text(), "others")["bare: mean"] == ["1", "–", "–", "–", "1"]
     better, worse = rows_of(page.read_text(), "others")["ablations"][1:3]
     assert better == "–"
-    at_equal_gates = [f"{name}, equal gates at test time" for name in ("MOELoRA", "MoLoRA", "Med-MoE-LoRA")]
+    at_equal_gates = [f"{name}, equal gates at test time" for name in ("MOELoRA", "MoLoRA", "Med-MoE-LoRA", "AT-MoE")]
     assert worse.split("; ") == ["MOELoRA, a gate per layer", *at_equal_gates]
     found = {each["name"]: each for each in results["families"]["one epoch: mean"]}
     for name, other in MATCHED.items():
-        if name != "at_moe":
-            assert (
-                found[name]["difference"]["low"]
-                < found[name]["difference"]["value"]
-                < found[name]["difference"]["high"]
-            )
-            assert found[name]["against"] == other
+        difference = found[name]["difference"]
+        assert difference["low"] < difference["value"] < difference["high"]
+        assert found[name]["against"] == other
     assert found["moelora"]["difference"]["value"] == pytest.approx(0.25, abs=0.08)  # 0.3, less what is guessed right
 
 
 def test_missing_comparisons_count_in_their_family(made):
     *_, results = made
-    there = [each for each in results["families"]["one epoch: mean"] if each["verdict"]]
-    assert len(there) == 3
-    assert holm([each["p"] for each in there] + [1.0])[:3] == pytest.approx(
+    there = [each for each in results["families"]["three epochs: mean"] if each["verdict"]]
+    assert len(there) == 2
+    assert holm([each["p"] for each in there] + [1.0, 1.0])[:2] == pytest.approx(
         [each["p_corrected"] for each in there], rel=1e-4
     )
     ablations = results["families"]["ablations"]
@@ -152,15 +151,12 @@ def test_a_task_left_out_changes_the_mean_by_its_own_difference(made):
         found = left[f"without {task}"]
         assert found["value"] == pytest.approx((sum(values.values()) - value) / 7, abs=1e-5)
         assert cells[f"without {task}"][0] == f"{found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
-        assert cells[f"without {task}"][3] == "not run yet"  # AT-MoE
+        assert rows_of(page.read_text(), "without-one-task-longer")[f"without {task}"][1] == "not run yet"  # MoLoRA
     assert re.fullmatch(r"0\.\d{3}", cells["all"][-1])
 
 
 def test_a_method_of_three_epochs_is_pooled_with_its_like(made):
     *_, results = made
-    systems = results["scores"]["instruction"]
-    one, three = (systems[name]["targets"]["mean"]["standard_error"] for name in ("moelora", "moelora-longer"))
-    assert one != three
     spread = results["seed_spread"]
     assert spread["one epoch"]["mean"] != spread["three epochs"]["mean"]
     assert spread["bare"]["mean"] is None  # one seed each
@@ -203,11 +199,12 @@ def test_scores_without_a_language_model_are_of_the_rows_that_are_trained_on(mad
     test, train = read_examples(folder, split="test"), read_rows(Path(setup.train_data), "train")
     common = {t: Counter(r["output"] for r in train if r["task"] == t).most_common(1)[0][0] for t in setup.tasks}
     expected = score([common[row["task"]] for row in test], test, read_task_info(folder))
-    assert all(scores.keys() == set(setup.tasks) for scores in found.values())
+    assert all(scores.keys() == {*setup.tasks, "mean"} for scores in found.values())
     for task, value in found["most_common"].items():
         assert value == pytest.approx(expected[task]["score"], rel=1e-5)
+    assert found["regression"]["mean"] is None
     # words tell more than nothing about labels, and of the others the nearest input's answer is the better guess
-    labelled = [task for task, value in found["regression"].items() if value is not None]
+    labelled = [task for task in setup.tasks if found["regression"][task] is not None]
     assert labelled == ["icd_chapter", "icd_chronic", "rad_modality", "rad_topic", "def_system"]
     for task in setup.tasks:
         assert max(found["nearest"][task], found["regression"][task] or 0) > found["most_common"][task]
@@ -243,9 +240,17 @@ def test_what_is_missing_is_said(made):
     setup, *_, page, results = made
     text = page.read_text()
     rows = rows_of(text, "scores-instruction")
-    assert rows["AT-MoE"] == ["not run yet", "0 of 3", *"––––––"]
+    assert rows["LoRA, active rank of MoLoRA"] == ["not run yet", "0 of 3", *"––––––"]
+    assert "LoRA, rank 144, three epochs" not in rows
+    assert rows_of(text, "scores-longer")["AT-MoE"] == rows["AT-MoE"]
     assert rows["base model"][1:] == ["1", *"––––", "1.5", "5.0"]
-    assert "AT-MoE (3)" in rows_of(text, "state")["main, instruction, final"][-1]
+    assert "LoRA, active rank of MoLoRA (3)" in rows_of(text, "state")["main, instruction, final"][-1]
+    knowledge = rows_of(text, "general")
+    assert knowledge["Med-MoE-LoRA, no base expert"][:2] == ["0", "not run yet"]
+    assert knowledge["MOELoRA"][0] == "3"
+    beside = {each["name"]: each["found"] for each in results["general_beside"] if each["name"] != "at_moe"}
+    assert beside.pop("medmoelora") is None  # the last of its two, without its base expert
+    assert all(beside.values())
     assert rows_of(text, "state")["main, instruction, search"][-1] == "–"
     assert sum(entry["planned"] for entry in results["state"]) == len(forecast(setup, search_scores(setup)))
     held_out = [line.split(" | ") for line in part(text, "held-out").splitlines() if "icd_chronic" in line]
@@ -254,33 +259,11 @@ def test_what_is_missing_is_said(made):
     ]  # fmt: skip
 
 
-def test_every_number_of_the_page_is_in_its_json(made):
+def test_the_tables_of_the_page_are_made_of_its_json_alone(made):
     *_, page, _ = made
-    known = set()
-
-    def learn(value):
-        if isinstance(value, dict):
-            for key, entry in value.items():
-                learn(key)
-                learn(entry)
-        elif isinstance(value, list):
-            for entry in value:
-                learn(entry)
-        elif isinstance(value, str):
-            known.update(re.findall(r"\d+(?:\.\d+)?", value))
-        elif value is not None:
-            size = abs(value)
-            known.update(
-                {f"{size:g}", f"{size:.3f}", f"{size:.2f}", f"{size / 1e6:.2f}", f"{size / 60:.1f}", f"{size}"}
-            )
-
-    learn(json.loads((page.with_suffix("") / "results.json").read_text()))
-    shown = 0
-    for name in TABLES:
-        for number in re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", part(page.read_text(), name)):
-            shown += 1
-            assert number in known, (name, number)
-    assert shown > 500
+    results = json.loads((page.with_suffix("") / "results.json").read_text())
+    for name, make in TABLES.items():
+        assert part(page.read_text(), name).strip() == make(results), name
 
 
 def test_the_text_around_the_marks_stays_and_a_second_call_changes_nothing(made):

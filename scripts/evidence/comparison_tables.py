@@ -14,7 +14,7 @@ def summary(found: Results) -> str:
     for part in (ONE, THREE):
         for each in found["families"][f"{part}: mean"]:
             names = [within(found, each[key]) for key in ("name", "against")]
-            detectable = number(each.get("detectable_corrected"))
+            detectable = number(each.get("detectable"))
             rows.append([part, *names, difference(each["difference"]), verdict(each), detectable])
     return table(["after", "method", "against", "difference of mean scores", "verdict", "detectable"], rows)
 
@@ -34,7 +34,8 @@ def others(found: Results) -> str:
                 "; ".join(in_family(found, family, each) for each in members if each["verdict"] == way) or NONE
                 for way in ("win", "loss")
             )
-            rows.append([family, str(counted["all"]), better, worse, str(counted["tie"]), str(counted["missing"])])
+            tied = NONE if counted["missing"] == counted["all"] else str(counted["tie"])
+            rows.append([family, str(counted["all"]), better, worse, tied, str(counted["missing"])])
     return table(["family", "comparisons", "better", "worse", "tied", NOT_RUN], rows)
 
 
@@ -55,7 +56,7 @@ def family(*names: str) -> Callable[[Results], str]:
             for each in found["families"][name]:
                 systems = [part + within(found, each["name"]), within(found, each["against"])]
                 values = [probability(each.get(key), found["smallest_p"]) for key in ("p", "p_corrected")]
-                values += [verdict(each), each.get("own") or NONE, number(each.get("detectable_corrected"))]
+                values += [verdict(each), each.get("own") or NONE, number(each.get("detectable"))]
                 rows.append([*systems, difference(each["difference"]), *values])
         return table(head, rows)
 

@@ -35,8 +35,10 @@ MATCHED_LONGER = {
     **{f"{name}-longer": f"{lora}-longer" for name, lora in MATCHED.items() if f"{name}-longer" in LONGER},
     "at_moe": "lora-like-at_moe-passes",
 }
+METHODS = tuple(MATCHED)
 LONG = (*LONGER, "lora-like-at_moe-passes")  # trained for three epochs
-NOT_RUN = Comparison(Estimate(0.0, -1.0, 1.0, 1.0, 2.0, [], "nothing"), 1.0, 1.0, 1.0)  # its place in a family
+REPEATED = ("at_moe-flat",)  # trained systems whose experts are those of another one
+NOT_RUN = Comparison(Estimate(0.0, -1.0, 1.0, 1.0, 2.0, [], "nothing"), 1.0, 1.0)  # its place in a family
 
 
 @dataclass(frozen=True)
@@ -68,18 +70,22 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Pair:
-    """`name` minus `other`, in one score: a task, "mean", or the mean "without" a task."""
+    """`name` minus `other`, in one score: a task, "mean", or the mean "without" a task.
+
+    `shared`: whether both have the same trained adapters, seed by seed.
+    """
 
     name: str
     other: str
     target: str = "mean"
+    shared: bool = False
 
 
 # Comparisons without a verdict: the LoRA of the same active rank where it is another one; a LoRA that is told the task.
 BESIDE = (
     Pair("molora", "lora-like-molora-active"),
     Pair("moelora", "lora-per-task"),
-    Pair("at_moe", "lora-per-task"),
+    Pair("at_moe", "lora-per-task", shared=True),
 )
 # What each system of a sweep is looked at beside.
 BASES = {name: system for name, (system, _) in (NUMBERS | RANKS | VARIANTS).items()}
@@ -117,8 +123,8 @@ def of_sweeps() -> list[Pair]:
 
 def of_ablations() -> list[Pair]:
     """Each ablation against what it changes."""
-    trained = [Pair(name, system) for name, (system, _) in ABLATIONS.items()]
-    return trained + [Pair(AT_EQUAL_GATES.format(name), name) for name in MATCHED]
+    trained = [Pair(name, system, shared=name in REPEATED) for name, (system, _) in ABLATIONS.items()]
+    return trained + [Pair(AT_EQUAL_GATES.format(name), name, shared=True) for name in METHODS]
 
 
 def compare(study: Study | None, pairs: Iterable[Pair], complete: set[str]) -> dict[Pair, Comparison | None]:
@@ -131,7 +137,7 @@ def compare(study: Study | None, pairs: Iterable[Pair], complete: set[str]) -> d
             found[pair] = None
             continue
         if key not in made:
-            made[key] = study.compare(*key)
+            made[key] = study.compare(*key, shared=pair.shared)
         found[pair] = made[key][pair.target]
     return found
 

@@ -87,14 +87,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def routing(
-    records: Sequence[Mapping[str, Any]], groups: Mapping[str, str], rows: int, *, of_tasks: bool = False
+    records: Sequence[Mapping[str, Any]], groups: Mapping[str, str], rows: int | None, *, of_tasks: bool = False
 ) -> dict[str, Any] | None:
     """Mutual information of expert and task in bits, means over seeds; None where routing was not measured.
 
     Args:
         records: of a system's final runs.
         groups: the group of each task, tasks in the order of the page.
-        rows: how many rows the weights are means over.
+        rows: how many rows the weights are means over; None for gates that read the task alone, and no rows.
         of_tasks: whether each expert was trained on a task, in that order: AT-MoE's.
     """
     found = [record["routing"] for record in records if "routing" in record]
@@ -110,7 +110,6 @@ def routing(
     own = [float(each.diagonal(axis1=1, axis2=2).mean()) for each in weights] if of_tasks else []
     return {
         "seeds": len(found),
-        "experts": [min(counts), max(counts)],
         "gates": len(by_layer),
         "mutual_information": {
             "mean": float(by_layer.mean()),
@@ -121,7 +120,7 @@ def routing(
         "within": within,
         "diversity": float(np.mean([each["diversity"] for each in measured])),
         "own": mean(own) if own else None,  # mean weight of a task's own expert
-        "bias_bound": mean(bias_bound(tasks, count, rows) for count in counts),
+        "bias_bound": 0.0 if rows is None else mean(bias_bound(tasks, count, rows) for count in counts),
         "by_depth": by_depth(found[0]["names"], by_layer.tolist()),
         "clearest": {  # of one seed, since experts have no order that seeds share
             "gate": found[0]["names"][clearest],

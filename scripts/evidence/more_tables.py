@@ -1,12 +1,13 @@
 """The other tables: learning rates, general knowledge, and what has no verdicts."""
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 from cells import NONE, NOT_RUN, difference, millions, number, of_runs, score, signed, table
 from comparison_tables import beside, family, family_by_task, others, summary, without_one_task
-from families import BARE, ONE, THREE
-from page_tables import Results, by_task, constant, named, provenance, scores, setup, state
+from families import BARE, KNOWING, ONE, THREE
+from page_tables import Results, ablated, by_task, constant, named, provenance, scores, setup, state, three_epochs
 from routing_tables import costs, equal_gates, gates
 
 
@@ -27,24 +28,29 @@ def searches(found: Results) -> str:
 
 def general(found: Results) -> str:
     """General knowledge before (the base model) and after."""
-    wanted = {name: each for name, each in found["general"].items() if each or name in EXPECTED}
+    expected = {"base", *chain.from_iterable(KNOWING)}  # named in the table if they are missing
+    wanted = {name: each for name, each in found["general"].items() if each or name in expected}
     first: Mapping[str, Any] | None = next((each for each in wanted.values() if each), None)
     sources = list(first["perplexity"]) if first else []
     rows = []
     for name, each in wanted.items():
         if each is None:
-            rows.append([found["labels"][name], NOT_RUN, *[NONE] * (len(sources) + 1)])
+            rows.append([found["labels"][name], "0", NOT_RUN, *[NONE] * (len(sources) + 1)])
             continue
         texts = [perplexity(each["perplexity"][source], each["seeds"]) for source in sources]
         choice = each["choice"]["mean"]
         ends = f" ({choice['lowest']:.3f} to {choice['highest']:.3f})" if each["seeds"] > 1 else ""
         change = NONE if name == "base" or choice["difference"] is None else difference(of_choice(choice))
-        rows.append([found["labels"][name], *texts, f"{choice['value']:.3f}{ends}", change])
-    head = ["system", *(f"perplexity: {source}" for source in sources), "multiple choice, mean accuracy", "change"]
+        seeds = of_runs({"runs": each["seeds"], "planned": found["scores"]["instruction"][name]["planned"]})
+        rows.append([found["labels"][name], seeds, *texts, f"{choice['value']:.3f}{ends}", change])
+    head = [
+        "system",
+        "seeds",
+        *(f"perplexity: {source}" for source in sources),
+        "multiple choice, mean accuracy",
+        "change",
+    ]
     return table(head, rows)
-
-
-EXPECTED = ("base", "lora-r16", "moelora", "molora", "medmoelora", "at_moe")  # named in the table if they are missing
 
 
 def of_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,13 +150,13 @@ def sampling_by_task(found: Results) -> str:
 def unstable(found: Results) -> str:
     """Systems whose seeds differ more than those of the others."""
     rows = []
-    for protocol, by_target in found["unstable"].items():
+    for part, by_target in found["unstable"].items():
         for target, names in by_target.items():
             if names:
-                rows.append([protocol, target, ", ".join(found["labels"][name] for name in names)])
+                rows.append([part, target, ", ".join(found["labels"][name] for name in names)])
     if not rows:
         return "No such system among the runs that are there."
-    return table(["protocol", "score", "systems"], rows)
+    return table(["systems of", "score", "which"], rows)
 
 
 def seeds(found: Results) -> str:
@@ -158,7 +164,7 @@ def seeds(found: Results) -> str:
     rows = []
     for protocol, systems in found["scores"].items():
         for name, entry in systems.items():
-            if entry["experiment"] == "main" and entry["targets"] and name != "base":
+            if entry["experiment"] in ("main", "longer", "ablations") and entry["targets"] and name != "base":
                 values = ", ".join(number(value) for value in entry["targets"]["mean"]["per_seed"])
                 error = entry["targets"]["mean"]["standard_error"]
                 rows.append([f"{protocol}: {found['labels'][name]}", values, signed(error).lstrip("+")])
@@ -174,8 +180,9 @@ TABLES = {
     "searches": searches,
     "scores-instruction": scores("instruction"),
     "scores-bare": scores("bare"),
-    "scores-longer": scores("instruction", "longer"),
+    "scores-longer": scores("instruction", three_epochs),
     "tasks-instruction": by_task("instruction"),
+    "tasks-longer": by_task("instruction", three_epochs),
     "tasks-bare": by_task("bare"),
     "methods": family(f"{ONE}: mean", f"{THREE}: mean", f"{BARE}: mean"),
     "without-one-task": without_one_task(ONE),
@@ -186,7 +193,7 @@ TABLES = {
     "methods-by-task-three": family_by_task(THREE),
     "methods-by-task-bare": family_by_task(BARE),
     "ablations": family("ablations"),
-    "ablated-scores": scores("instruction", "ablations"),
+    "ablated-scores": scores("instruction", ablated),
     "general": general,
     "general-beside": general_beside,
     "choices": choices,

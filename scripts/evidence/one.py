@@ -63,6 +63,7 @@ def perform(job: dict[str, Any], general: Any) -> None:
     from measure import measure, tidy
 
     run = Run.of(job["run"])
+    made = provenance(run, job["beside"])  # before anything else, since files may change while it is being done
     trained = train(run, job["adapter"]) if run.trains else {"seconds": {}, "losses": []}
     if job["train_only"]:
         return
@@ -70,8 +71,11 @@ def perform(job: dict[str, Any], general: Any) -> None:
     found = measure(run, adapter, general)
     seconds = trained["seconds"] | {"answer_cpu": round(found.pop("answer_cpu"), 1)}
     head = {name: value for name, value in run.to_dict().items() if name in KEPT}
-    record = head | provenance(run, job["beside"])
-    record |= {"parameters": found.pop("parameters"), "seconds": seconds | {"total_cpu": round(time.process_time(), 1)}}
+    record = (
+        head
+        | made
+        | {"parameters": found.pop("parameters"), "seconds": seconds | {"total_cpu": round(time.process_time(), 1)}}
+    )
     record |= {"losses": trained["losses"], "split": run.split, **found}
     if run.trains and not job["keep"]:
         shutil.rmtree(job["adapter"])

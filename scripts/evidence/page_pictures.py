@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib as mpl
 
 mpl.use("Agg")
-from families import LONG, ONE, PARTS, THREE
+from families import LONG, METHODS, ONE, PARTS, THREE
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -32,7 +32,6 @@ STYLES = {  # colour and marker: methods in colours, stock LoRAs in greys
     "at_moe": ("#CC79A7", "D"),
     "moelora-gate-per-layer": ("#56B4E9", "v"),
 }
-METHODS = ("moelora", "molora", "medmoelora", "at_moe")
 WIDTH = 5.2  # inches
 
 

@@ -3,16 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cells import (
-    NONE,
-    NOT_RUN,
-    millions,
-    minutes,
-    number,
-    of_runs,
-    score,
-    table,
-)
+from cells import NONE, NOT_RUN, millions, minutes, number, of_runs, score, table
+from families import LONG
 
 Results = Mapping[str, Any]
 
@@ -58,16 +50,19 @@ def setup(found: Results) -> str:
         ["tasks held out", ", ".join(given["held_out"])],
         ["training, all runs", flags],
     ]
-    systems = [
-        f"* *{named(found, name)}*: " + " ".join(f"`--{flag} {words(value)}`" for flag, value in flags.items())
-        for name, flags in given["systems"].items()
+    systems = [f"* *{named(found, name)}*: {words(flags)}" for name, flags in given["systems"].items()]
+    changed = [
+        f"* *{named(found, name)}*: *{named(found, each['of'])}* with {words(each['flags'])}"
+        for name, each in given["changes"].items()
     ]
-    return table(["", ""], rows) + "\n\nThe flags of each system:\n\n" + "\n".join(systems)
+    text = table(["", ""], rows) + "\n\nThe flags of each system:\n\n" + "\n".join(systems)
+    return f"{text}\n\nAnd of those that change one:\n\n" + "\n".join(changed)
 
 
-def words(value: Any) -> str:
-    """A flag's value as on a command line."""
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+def words(flags: Mapping[str, Any]) -> str:
+    """Flags as on a command line."""
+    values = {flag: " ".join(map(str, value)) if isinstance(value, list) else value for flag, value in flags.items()}
+    return " ".join(f"`--{flag} {value}`" for flag, value in values.items())
 
 
 def provenance(found: Results) -> str:
@@ -89,12 +84,30 @@ def provenance(found: Results) -> str:
     return table(["", ""], rows)
 
 
-def scores(protocol: str, experiment: str = "main") -> Callable[[Results], str]:
-    """Mean scores with sizes and times, of the systems of an experiment."""
+def one_epoch(name: str, entry: Mapping[str, Any]) -> bool:
+    """Whether a system is one of the main experiment with one epoch."""
+    return entry["experiment"] == "main" and name not in LONG
+
+
+def three_epochs(name: str, entry: Mapping[str, Any]) -> bool:
+    """Whether a system is one of three epochs, with those that its experts were trained for."""
+    return name in LONG or name == "at_moe"
+
+
+def ablated(name: str, entry: Mapping[str, Any]) -> bool:
+    """Whether a system is a trained ablation."""
+    return entry["experiment"] == "ablations"
+
+
+Which = Callable[[str, Mapping[str, Any]], bool]
+
+
+def scores(protocol: str, which: Which = one_epoch) -> Callable[[Results], str]:
+    """Mean scores with sizes and times, of some of the systems."""
 
     def made(found: Results) -> str:
         rows, kinds = [], sorted({each["vectors"] for each in found["provenance"]["machines"]})
-        for name, entry in entries(found, protocol, experiment).items():
+        for name, entry in entries(found, protocol, which).items():
             size, stages = entry.get("parameters"), entry.get("all_stages")
             trains = bool(size and size["trainable"])
             rows.append(
@@ -124,20 +137,18 @@ def times(entry: Mapping[str, Any], what: str, kinds: list[str]) -> str:
     return " / ".join(NONE if seconds is None else minutes(seconds) for seconds in found)
 
 
-def by_task(protocol: str) -> Callable[[Results], str]:
-    """Scores by task of the systems of the main experiment."""
+def by_task(protocol: str, which: Which = one_epoch) -> Callable[[Results], str]:
+    """Scores by task of some of the systems, the mean first."""
 
     def made(found: Results) -> str:
-        rows = [
-            [SIMPLE[name], *(number(scores[task]) for task in found["tasks"])]
-            for name, scores in found["simple"].items()
-        ]
-        for name, entry in entries(found, protocol, "main").items():
+        columns = ["mean", *found["tasks"]]
+        rows = [[SIMPLE[name], *(number(scores[one]) for one in columns)] for name, scores in found["simple"].items()]
+        for name, entry in entries(found, protocol, which).items():
             targets = entry["targets"]
-            cells = [number(targets[task]["value"] if targets else None, missing=NOT_RUN) for task in found["tasks"]]
+            cells = [number(targets[one]["value"] if targets else None, missing=NOT_RUN) for one in columns]
             rows.append([found["labels"][name], *cells])
-        metrics = ["*metric*", *(f"*{task['metric']}*" for task in found["tasks"].values())]
-        return table(["system", *found["tasks"]], [metrics, *rows])
+        metrics = ["*metric*", NONE, *(f"*{task['metric']}*" for task in found["tasks"].values())]
+        return table(["system", *columns], [metrics, *rows])
 
     return made
 
@@ -162,6 +173,6 @@ SIMPLE = {
 }
 
 
-def entries(found: Results, protocol: str, experiment: str) -> dict[str, Any]:
-    """The systems of an experiment."""
-    return {name: each for name, each in found["scores"][protocol].items() if each["experiment"] == experiment}
+def entries(found: Results, protocol: str, which: Which) -> dict[str, Any]:
+    """Some of the systems of a protocol."""
+    return {name: each for name, each in found["scores"][protocol].items() if which(name, each)}

@@ -1,6 +1,5 @@
 """The records of an experiment as its page needs them: what was planned, what is done of it, and what is missing."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,10 +12,9 @@ from plan import Run, searched
 from rows import prepare_composites
 from setups import ROOT, Setup
 from store import plain, read
-from tallies import Sheet, System, TaskRows, read_sheet, sheet_of, system_of_runs
+from tallies import Sheet, System, read_test, sheet_of_rows, system_of_runs
 
 from peft_moe.data import task_key
-from peft_moe.reading import read_task_info
 
 Record = dict[str, Any]
 # experiments whose finals answer all test rows
@@ -59,17 +57,13 @@ class Records:
         self.scores = {run_id: record["scores"]["mean"]["score"] for run_id, record in self.found.items()}
         self.runs = {run.id: run for run in all_runs(setup, self.scores)}
         self.planned = forecast(setup, self.scores)
-        stale = [i for i, run in self.runs.items() if i in self.found and self.differs(self.found[i], run)]
+        there = {run_id: self.found[run_id] for run_id in self.runs if run_id in self.found}
+        stale = [i for i, record in there.items() if record["settings"] != plain(self.runs[i].settings)]
         if stale:
             raise ValueError(
                 f"Done with other settings than now: {' '.join(stale)}. Do them again with "
                 "`python scripts/evidence/run.py --again --only` and these ids, or delete their files."
             )
-
-    @staticmethod
-    def differs(record: Record, run: Run) -> bool:
-        """Whether a record is of other settings than the run."""
-        return bool(record["settings"] != plain(run.settings))
 
     @cached_property
     def unplanned(self) -> list[str]:
@@ -135,14 +129,12 @@ class Records:
     @cached_property
     def sheet(self) -> Sheet:
         """The test rows."""
-        return read_sheet(ROOT / self.setup.data)
+        return sheet_of_rows(*read_test(ROOT / self.setup.data))
 
     def held_out_sheet(self, task: str) -> Sheet:
         """The test rows of one task, in their order."""
-        rows, metrics = read_rows(ROOT / self.setup.data)
-        rows = [row for row in rows if task_key(row["task"]) == task]
-        inputs, outputs = [row["input"] for row in rows], [row["output"] for row in rows]
-        return sheet_of([task] * len(rows), inputs, outputs, metrics)
+        rows, metrics = read_test(ROOT / self.setup.data)
+        return sheet_of_rows([row for row in rows if task_key(row["task"]) == task], metrics)
 
     @cached_property
     def composite_sheet(self) -> Sheet:
@@ -152,31 +144,9 @@ class Records:
         of tasks, drawn without plan: so a stratum is here a group of tasks, of which inputs are drawn.
         """
         prepare_composites(self.setup)
-        rows, metrics = read_rows(ROOT / self.setup.composite_data)
-        return sheet_by_group(rows, metrics, self.setup)
-
-
-def read_rows(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The test rows of a folder, and the metrics of their tasks."""
-    lines = (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    rows, info = [json.loads(line) for line in lines], read_task_info(str(folder))
-    names = {task_key(row["task"]) for row in rows}
-    return rows, {name: info[name].metric if name in info else "exact_match" for name in names}
-
-
-def sheet_by_group(rows: Sequence[dict[str, Any]], metrics: dict[str, str], setup: Setup) -> Sheet:
-    """A sheet whose strata are groups of tasks."""
-    group_of = {task: index for index, tasks in enumerate(setup.groups.values()) for task in tasks}
-    strata = {row["input"]: group_of[np.atleast_1d(row["task"])[0]] for row in rows}
-    inputs = sorted(strata)
-    unit_of = {unit: index for index, unit in enumerate(inputs)}
-    tasks = {}
-    for task in sorted(metrics):
-        where = [index for index, row in enumerate(rows) if task_key(row["task"]) == task]
-        of_input = np.array([unit_of[rows[index]["input"]] for index in where])
-        outputs = [rows[index]["output"] for index in where]
-        tasks[task] = TaskRows(metrics[task], np.array(where), of_input, outputs)
-    return Sheet(inputs, np.array([strata[unit] for unit in inputs]), tasks, len(rows))
+        rows, metrics = read_test(ROOT / self.setup.composite_data)
+        group_of = {task: group for group, tasks in self.setup.groups.items() for task in tasks}
+        return sheet_of_rows(rows, metrics, {row["input"]: group_of[np.atleast_1d(row["task"])[0]] for row in rows})
 
 
 def systems_of(sheet: Sheet, finals: dict[str, Finals]) -> dict[str, System]:

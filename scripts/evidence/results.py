@@ -10,6 +10,7 @@ from families import (
     KNOWING,
     ONE,
     PARTS,
+    REPEATED,
     THREE,
     Pair,
     compare,
@@ -21,7 +22,7 @@ from families import (
     of_others,
     of_sweeps,
 )
-from grid import SYSTEMS
+from grid import ABLATIONS, LONGER, NUMBERS, RANKS, SYSTEMS, VARIANTS
 from knowledge import beside_other, general, routing
 from labels import labels
 from records import AT_EQUAL_GATES, TEST_ROWS, Finals, Record, Records, equal_gates, systems_of
@@ -37,6 +38,9 @@ from verdicts import POWER
 SMALLEST_P = 0.001  # smaller ones are shown as such
 COSTS = "docs/performance/avx2/model.json"
 MADE = "python scripts/evidence/page.py"
+CHANGES = {
+    name: {"of": of, "flags": flags} for name, (of, flags) in (ABLATIONS | LONGER | NUMBERS | RANKS | VARIANTS).items()
+}
 Numbers = dict[str, Any]
 
 
@@ -75,16 +79,19 @@ def build(records: Records, *, draws: int = 10_000) -> Numbers:
     found["equal_gates"] = {name: at_equal_gates(study) for name, study in gates.items()}
     found["composite"] = composite(records, draws)
     found["held_out"] = held_out(records, draws)
-    base = next((each["general"] for each in done(records, "base") if "general" in each), None)
     finals = records.of("instruction", ("main", "ablations"))
+    base = next((record["general"] for record in finals["base"].done if "general" in record), None)
     found["general"] = {name: general(each.done, base) for name, each in finals.items()}
     found["general_beside"] = [
-        {"name": name, "against": other, "found": beside_other(finals[name].done, finals[other].done)}
+        {"name": name, "against": other, "found": beside_other(finals[name].done, finals[other].done) if both else None}
         for name, other in KNOWING
+        for both in [finals[name].complete and finals[other].complete]
     ]
     found["routing"] = {
         protocol: {
-            name: routing(each.done, groups, rows, of_tasks=name.startswith("at_moe"))
+            name: routing(
+                each.done, groups, None if name.startswith("moelora") else rows, of_tasks=name.startswith("at_moe")
+            )
             for name, each in records.of(protocol, TEST_ROWS).items()
         }
         for protocol in records.setup.protocols
@@ -118,6 +125,7 @@ def setup_of(records: Records) -> Numbers:
         "unequal": setup.unequal,
         "flags": setup.common,
         "systems": SYSTEMS,
+        "changes": CHANGES,
     }
 
 
@@ -150,7 +158,7 @@ def lead(rates: Mapping[float, float | None]) -> float | None:
 
 def part_study(records: Records, name: str, draws: int) -> Study | None:
     """All systems of a part of the experiment that answered all test rows."""
-    return study_of(systems_of(records.sheet, finals_of(records, name)), draws)
+    return study_of(systems_of(records.sheet, finals_of(records, name)), draws, REPEATED)
 
 
 def finals_of(records: Records, name: str) -> dict[str, Finals]:
@@ -165,9 +173,9 @@ def gate_study(records: Records, protocol: str, draws: int) -> Study | None:
     return study_of(equal_gates(records.sheet, there), draws)
 
 
-def study_of(systems: Mapping[str, System], draws: int) -> Study | None:
+def study_of(systems: Mapping[str, System], draws: int, repeated: Sequence[str] = ()) -> Study | None:
     """A study, if there are systems."""
-    return Study(systems, draws=draws) if systems else None
+    return Study(systems, draws=draws, repeated=repeated) if systems else None
 
 
 def all_scores(records: Records, protocol: str, studies: Mapping[str, Study | None]) -> Numbers:
@@ -285,7 +293,7 @@ def at_equal_gates(study: Study | None) -> Numbers:
     found = {}
     for name in names if study else ():
         equal = AT_EQUAL_GATES.format(name)
-        difference = study.compare(equal, name)["mean"].difference
+        difference = study.compare(equal, name, shared=True)["mean"].difference
         found[name] = {"score": asdict(study.estimate(equal)["mean"]), "difference": asdict(difference)}
     return found
 
@@ -324,12 +332,6 @@ def held_out(records: Records, draws: int) -> list[Numbers]:
 def one_score(systems: Mapping[str, System], draws: int, name: str) -> Numbers | None:
     """The mean score of a system, if it is there."""
     return asdict(Study(systems, draws=draws).estimate(name)["mean"]) if name in systems else None
-
-
-def done(records: Records, system: str) -> list[Record]:
-    """The records of a system of the main experiment, with instructions."""
-    finals = records.finals.get(("instruction", system))
-    return finals.done if finals else []
 
 
 def short(value: Any) -> Any:

@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from cells import NONE, NOT_RUN, difference, number, score, table
+from families import METHODS
 from grid import measured
 from page_tables import Results, named
-
-ROUTED = ("moelora", "molora", "medmoelora", "at_moe")
 
 
 def gates(found: Results) -> str:
@@ -24,7 +23,7 @@ def gates(found: Results) -> str:
 def is_asked(found: Results, protocol: str, name: str) -> bool:
     """Whether a system's gates are shown: the methods in any case, and ablations that have been run."""
     entry = found["scores"][protocol][name]
-    there = found["routing"][protocol][name] is not None or (name in ROUTED and entry["targets"] is None)
+    there = found["routing"][protocol][name] is not None or (name in METHODS and entry["targets"] is None)
     return there and entry["experiment"] in ("main", "ablations")
 
 
@@ -50,7 +49,7 @@ def equal_gates(found: Results) -> str:
     """What equal gates at test time do."""
     rows = []
     for protocol, systems in found["equal_gates"].items():
-        for name in (name for name in ROUTED if name in found["scores"][protocol]):
+        for name in (name for name in METHODS if name in found["scores"][protocol]):
             asked = systems.get(name)
             cells = [score(asked["score"]), difference(asked["difference"])] if asked else [NOT_RUN] * 2
             if asked or "uniform" in measured(name, protocol):

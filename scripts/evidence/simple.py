@@ -8,6 +8,7 @@ same TF-IDF.
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 from rows import first_rows, read_rows
@@ -22,7 +23,7 @@ OF_LABELS = ("accuracy", "macro_f1")  # metrics of tasks whose answers are label
 
 
 def simple(setup: Setup) -> dict[str, dict[str, float | None]]:
-    """Scores on test by way of answering and task; None where answers are no labels."""
+    """Scores on test by way of answering and task, None where answers are no labels; "mean" where all are there."""
     folder: Path = ROOT / setup.data
     metrics = {task: info.metric for task, info in read_task_info(str(folder)).items()}
     train = first_rows(read_rows(folder, "train"), setup.groups, setup.inputs)
@@ -42,4 +43,7 @@ def simple(setup: Setup) -> dict[str, dict[str, float | None]]:
         for name, scores in found.items():
             rows = tally_rows(metrics[task], given[name], [row["output"] for row in asked]) if name in given else None
             scores[task] = None if rows is None else float(value(metrics[task], rows.sum(0)))
+    for scores in found.values():
+        known = [score for score in scores.values() if score is not None]
+        scores["mean"] = mean(known) if len(known) == len(scores) else None
     return found

@@ -15,24 +15,24 @@ acceleration of BCa is not defined for two crossed ways of drawing.
 
 What a p-value is about: `p` asks whether the methods differ, over inputs and seeds (t, with Satterthwaite's degrees of
 freedom): verdicts are taken from it. `p_own` is the same with the variance of the two systems' own seeds, few as they
-are: a verdict that it does not share rests on the seeds of other systems. `p_inputs` asks whether these trained
-adapters differ (all answers to an input exchanged between the two systems, at random: Noreen 1989); where seeds differ
-it says too often that methods do.
+are: a verdict that it does not share rests on the seeds of other systems. Two systems that share trained adapters, seed
+by seed, are compared seed by seed, and have these differences alone to tell the variance from seeds by.
 
-scipy's bootstrap and permutation_test take one way of drawing and one statistic; here are strata, two ways, and all
-tasks from the same draws. Tests hold both to scipy where they can be compared. Shapes: B draws · J seeds · I inputs
+scipy's bootstrap takes one way of drawing and one statistic; here are strata, two ways, and all tasks from the same
+draws. Tests hold it to scipy where they can be compared. Shapes: B draws · J seeds · I inputs
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 from scipy import stats
 from tallies import Array, System, value
-from variance import Seeds, influences, pool, scores, variance_of_inputs, with_means
+from variance import NO_SEEDS, Seeds, influences, pool, scores, seeds_of, variance_of_inputs, with_means
 
 LEVEL = 0.05
 
@@ -52,20 +52,19 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A difference between two systems, its p-value over inputs and seeds, and that over inputs alone.
+    """A difference between two systems, and its p-value over inputs and seeds.
 
     `p_own` is that over inputs and the seeds of these two systems; None where one of them has a single seed.
     """
 
     difference: Estimate
     p: float
-    p_inputs: float
     p_own: float | None
 
 
 @dataclass(frozen=True)
 class _Panel:
-    """One score of a system: by seed (J,), influences of inputs (I,), bootstrap scores (B,).
+    """One score of a system: by seed (J,), influences of inputs (J, I), bootstrap scores (B,).
 
     `seeds` are variances from seeds and the numbers of seeds, `own` those without the seeds of other systems.
     """
@@ -85,49 +84,66 @@ class _Panel:
             self.own + other.own,
         )
 
+    def seed_by_seed(self, strata: npt.NDArray[np.intp]) -> _Panel:
+        """A difference whose variance from seeds is that of its own values."""
+        runs = len(self.per_seed)
+        if runs == 1:
+            return replace(self, seeds=((NO_SEEDS, 1),), own=((None, 1),))
+        seeds = seeds_of(self.per_seed, self.influence, strata)
+        return replace(self, seeds=((seeds, runs),), own=((seeds, runs),))
+
 
 class Study:
     """The systems of one experiment, which share their test rows and what is known of the variance from seeds.
 
     Args:
         systems: by name. Those trained in the same way, so that their seeds can be pooled.
-        draws: of the bootstrap and of the test over inputs.
+        draws: of the bootstrap.
         seed: of the draws. All systems meet the same ones.
+        repeated: systems with the adapters of others among them, whose seeds say nothing new about seeds in general.
 
     Raises:
         ValueError: no system, or systems of different sheets.
     """
 
-    def __init__(self, systems: Mapping[str, System], *, draws: int = 10_000, seed: int = 0) -> None:
+    def __init__(
+        self, systems: Mapping[str, System], *, draws: int = 10_000, seed: int = 0, repeated: Collection[str] = ()
+    ) -> None:
         sheets = [system.sheet for system in systems.values()]
         if not sheets or any(sheet is not sheets[0] for sheet in sheets):
             raise ValueError(f"Systems {list(systems)} have {len(sheets)} sheets; read one, and give it to them all.")
         self.systems, self.sheet, self.draws, self.seed = dict(systems), sheets[0], draws, seed
-        self.seeds = pool(self.systems)
+        self.seeds = pool(self.systems, repeated)
         self._panels: dict[str, dict[str, _Panel]] = {}
 
     def estimate(self, name: str) -> dict[str, Estimate]:
         """The scores of a system by target: each task, "mean", and for each task "without" it."""
         return {target: self._estimate(target, panel, 0.0) for target, panel in self._panels_of(name).items()}
 
-    def compare(self, name: str, other: str) -> dict[str, Comparison]:
+    def compare(self, name: str, other: str, *, shared: bool = False) -> dict[str, Comparison]:
         """`name` minus `other` by target, as in `estimate`. A system of a single seed stands beside each of the other.
+
+        Args:
+            name: of a system.
+            other: of another.
+            shared: whether the two share trained adapters, seed by seed: independent seeds they are not.
 
         Raises:
             ValueError: systems of several and different seeds.
         """
         pair = self.systems[name], self.systems[other]
-        if pair[0].seeds != pair[1].seeds and min(len(system.seeds) for system in pair) > 1:
+        if pair[0].seeds != pair[1].seeds and (shared or min(len(system.seeds) for system in pair) > 1):
             raise ValueError(
                 f"{name} has seeds {pair[0].seeds} and {other} {pair[1].seeds}; compare runs of the same seeds."
             )
-        p_inputs, others, found = self._exchange(*pair), self._panels_of(other), {}
+        others, found = self._panels_of(other), {}
         for target, panel in self._panels_of(name).items():
             both = panel - others[target]
+            both = both.seed_by_seed(self.sheet.strata) if shared else both
             difference, own = self._estimate(target, both, -1.0), self._own(target, both)
             p_own = None if own is None else _p_of_t(difference.value, *own)
             p = _p_of_t(difference.value, difference.standard_error, difference.degrees)
-            found[target] = Comparison(difference, p, float(p_inputs[target]), p_own)
+            found[target] = Comparison(difference, p, p_own)
         return found
 
     @cached_property
@@ -153,7 +169,7 @@ class Study:
             self._panels[name] = {
                 target: _Panel(
                     per_seed[target],
-                    influence[target].mean(0),
+                    influence[target],
                     resampled[target],
                     ((used[target], runs),),
                     ((own.get(target, None if system.trained else used[target]), runs),),
@@ -186,7 +202,7 @@ class Study:
         self, target: str, influence: Array, seeds: tuple[tuple[Seeds, int], ...]
     ) -> tuple[float, float, float]:
         """The variance from inputs and that from seeds, and Satterthwaite's degrees of freedom (1946) of their sum."""
-        of_inputs = float(variance_of_inputs(influence, self.sheet.strata))
+        of_inputs = float(variance_of_inputs(influence.mean(0), self.sheet.strata))
         of_seeds = sum(each.of_seed / runs for each, runs in seeds)
         task = self.sheet.tasks.get(target)
         inputs = np.arange(len(self.sheet.inputs)) if task is None else np.unique(task.inputs)
@@ -196,20 +212,6 @@ class Study:
             parts[each] = parts.get(each, 0.0) + each.observed / runs
         uncertain = of_inputs**2 / of_rest + sum(part**2 / each.degrees for each, part in parts.items())
         return of_inputs, of_seeds, (of_inputs + of_seeds) ** 2 / uncertain if uncertain else of_rest
-
-    def _exchange(self, system: System, other: System) -> dict[str, Array]:
-        """p of the two-sided test that exchanges all answers to an input between two systems, by target."""
-        rng = np.random.default_rng((self.seed, 2))
-        exchanged = rng.integers(0, 2, (self.draws, len(self.sheet.inputs))).astype(float)
-        exchanged[0] = 0  # what was seen is one of the cases, so that p is never 0
-        drawn = {}
-        for name, task in self.sheet.tasks.items():
-            a, b = system.tallies[name], other.tallies[name]
-            # Systems that are not trained have one run, which stands beside each seed of the other.
-            moved = exchanged @ (b - a)
-            a_total, b_total = a.sum(1, keepdims=True), b.sum(1, keepdims=True)
-            drawn[name] = (value(task.metric, a_total + moved) - value(task.metric, b_total - moved)).mean(0)
-        return {target: np.mean(np.abs(cases) >= abs(cases[0]) - 1e-12) for target, cases in with_means(drawn).items()}
 
 
 def _p_of_t(value: float, standard_error: float, degrees: float) -> float:

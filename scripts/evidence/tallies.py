@@ -56,35 +56,52 @@ class System:
     trained: bool
 
 
-def read_sheet(folder: str | Path, split: str = "test") -> Sheet:
-    """Read the rows of a folder such as `data/medmulti/mini`.
+def read_test(folder: str | Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The test rows of a folder such as `data/medmulti/mini`, and the metrics of their tasks."""
+    lines = (Path(folder) / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    rows, info = [json.loads(line) for line in lines], read_task_info(str(folder))
+    names = {task_key(row["task"]) for row in rows}
+    return rows, {name: info[name].metric if name in info else "exact_match" for name in names}
+
+
+def sheet_of_rows(
+    rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, str], kinds: Mapping[str, str] | None = None
+) -> Sheet:
+    """The sheet of rows as files have them. Arguments and errors are those of `sheet_of`."""
+    columns = ([row[name] for row in rows] for name in ("input", "output"))
+    return sheet_of([task_key(row["task"]) for row in rows], *columns, metrics, kinds)
+
+
+def sheet_of(
+    tasks: Sequence[str],
+    inputs: Sequence[str],
+    references: Sequence[str],
+    metrics: Mapping[str, str],
+    kinds: Mapping[str, str] | None = None,
+) -> Sheet:
+    """The sheet of rows given as columns.
+
+    Args:
+        tasks, inputs, references: a text for each row.
+        metrics: by task.
+        kinds: the stratum of each input; None for the set of tasks that it has rows of.
 
     Raises:
         ValueError: a stratum of a single input, which has no spread to estimate.
     """
-    lines = (Path(folder) / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    info = read_task_info(str(folder))
-    rows = [json.loads(line) for line in lines]
-    names = [task_key(row["task"]) for row in rows]
-    metrics = {name: info[name].metric if name in info else "exact_match" for name in names}
-    return sheet_of(names, [row["input"] for row in rows], [row["output"] for row in rows], metrics)
-
-
-def sheet_of(
-    tasks: Sequence[str], inputs: Sequence[str], references: Sequence[str], metrics: Mapping[str, str]
-) -> Sheet:
-    """The sheet of rows given as columns; `metrics` by task. Raises as `read_sheet` does."""
     units = sorted(set(inputs))
     unit_of = {unit: index for index, unit in enumerate(units)}
-    sharing: dict[str, list[str]] = {unit: [] for unit in units}
-    for task, unit in zip(tasks, inputs, strict=True):
-        sharing[unit].append(task)
-    kinds = [tuple(sorted(sharing[unit])) for unit in units]
-    strata = np.array([sorted(set(kinds)).index(kind) for kind in kinds])
-    for kind in sorted(set(kinds)):
-        if kinds.count(kind) < 2:
+    if kinds is None:
+        sharing: dict[str, list[str]] = {unit: [] for unit in units}
+        for task, unit in zip(tasks, inputs, strict=True):
+            sharing[unit].append(task)
+        kinds = {unit: ", ".join(sorted(names)) for unit, names in sharing.items()}
+    of_units = [kinds[unit] for unit in units]
+    strata = np.array([sorted(set(of_units)).index(kind) for kind in of_units])
+    for kind in sorted(set(of_units)):
+        if of_units.count(kind) < 2:
             raise ValueError(
-                f"Only one input has rows of the tasks {list(kind)}; give at least 2 inputs of every such set of tasks."
+                f"Only one input has rows of the tasks {kind}; give at least 2 inputs of every such set of tasks."
             )
     by_task = {}
     for task in sorted(set(tasks)):

@@ -10,7 +10,7 @@ that of all tasks but x.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,7 +99,7 @@ class Pool:
         used: what intervals and tests take: the shared one, or a system's own if it is unstable there.
         own: of each system with several seeds, from its seeds alone.
         unstable: by target, the systems whose seeds differ much more than those of the others.
-        shared: by target, of all systems but the unstable ones.
+        shared: by target, of all systems but the unstable and the repeated ones.
     """
 
     used: dict[str, dict[str, Seeds]]
@@ -108,12 +108,13 @@ class Pool:
     shared: dict[str, Seeds]
 
 
-def pool(systems: Mapping[str, System]) -> Pool:
+def pool(systems: Mapping[str, System], repeated: Collection[str] = ()) -> Pool:
     """The variance from seeds by system and target, shared by all systems whose seeds differ alike.
 
     A few seeds say too little about one system. So those of all are taken together, weighted by their degrees of
     freedom; but a system whose scores vary so much more than those of the others (F test of level `UNSTABLE`) keeps
-    its own, and is named. Systems that are not trained have none; those of one seed have the shared one.
+    its own, and is named. Systems that are not trained have none; those of one seed have the shared one, and so do
+    `repeated` ones, whose adapters are those of others: they are not counted twice.
     """
     names = [name for name, system in systems.items() if system.trained]
     own: dict[str, dict[str, Seeds]] = {}
@@ -121,9 +122,10 @@ def pool(systems: Mapping[str, System]) -> Pool:
         score, influence, strata = scores(systems[name]), influences(systems[name]), systems[name].sheet.strata
         own[name] = {target: seeds_of(score[target], influence[target], strata) for target in score}
     targets = [*scores(next(iter(systems.values())))]
-    unstable = {target: _unstable({name: each[target] for name, each in own.items()}) for target in targets}
+    counted = {name: each for name, each in own.items() if name not in repeated}
+    unstable = {target: _unstable({name: each[target] for name, each in counted.items()}) for target in targets}
     shared = {
-        target: _together([each[target] for name, each in own.items() if name not in unstable[target]])
+        target: _together([each[target] for name, each in counted.items() if name not in unstable[target]])
         for target in targets
     }
     found = {

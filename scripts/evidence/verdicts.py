@@ -16,16 +16,14 @@ POWER = 0.8
 class Verdict:
     """`win`, `tie` or `loss` by the corrected p-value; `detectable`: the true difference found with probability 0.8.
 
-    `detectable_corrected` is that difference for the first step of Holm's correction, which is its hardest. `own` is
-    the verdict by `p_own`, None where a comparison of the family that was made has none.
+    That is at the first step of Holm's correction, which is its hardest. `own` is the verdict by `p_own`, None where a
+    comparison of the family that was made has none.
     """
 
     verdict: str
     own: str | None
     p_corrected: float
-    p_inputs_corrected: float
     detectable: float
-    detectable_corrected: float
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -50,7 +48,6 @@ def judge(family: Mapping[str, Comparison]) -> dict[str, Verdict]:
         family: such as the comparison of "mean" of every method with its matched LoRA.
     """
     corrected = holm([each.p for each in family.values()])
-    corrected_inputs = holm([each.p_inputs for each in family.values()])
     known = [each.p_own for each in family.values() if each.p_own is not None]
     corrected_own = holm(known) if len(known) == len(family) else [None] * len(family)
     return {
@@ -58,13 +55,9 @@ def judge(family: Mapping[str, Comparison]) -> dict[str, Verdict]:
             _verdict(each.difference.value, p),
             None if p_own is None else _verdict(each.difference.value, p_own),
             p,
-            p_inputs,
-            detectable(each.difference, LEVEL),
             detectable(each.difference, LEVEL / len(family)),
         )
-        for (name, each), p, p_inputs, p_own in zip(
-            family.items(), corrected, corrected_inputs, corrected_own, strict=True
-        )
+        for (name, each), p, p_own in zip(family.items(), corrected, corrected_own, strict=True)
     }
 
 
