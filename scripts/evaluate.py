@@ -71,7 +71,9 @@ def main(argv: list[str]) -> None:
     from peft_moe.arguments import parse_arguments
     from peft_moe.data import read_examples, read_task_info, take_per_task
     from peft_moe.evaluation import evaluate_tasks, table
+    from peft_moe.output import print_any_text
 
+    print_any_text()
     (args,) = parse_arguments([EvaluationArguments], argv)
     info = read_task_info(args.dataset, revision=args.dataset_revision)
     examples = read_examples(
@@ -87,12 +89,13 @@ def main(argv: list[str]) -> None:
     results = evaluate_tasks(
         model, tokenizer, examples, info, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens
     )
-    print(table({Path(args.adapter or args.model_name_or_path).name: results}))
     if args.output:
         path = Path(args.output)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"arguments": asdict(args), "results": results}, indent=2) + "\n", encoding="utf-8")
-        print(f"The scores and these arguments are in {path}.")
+    print(table({Path(args.adapter or args.model_name_or_path).name: results}))
+    if args.output:
+        print(f"The scores and these arguments are in {args.output}.")
 
 
 def load(args: EvaluationArguments) -> "tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]":

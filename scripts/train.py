@@ -14,6 +14,7 @@ import json
 import sys
 from dataclasses import dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import PartialState
@@ -45,6 +46,7 @@ from peft_moe.data import TaskInfo, encode, mix, read_examples, read_task_info, 
 from peft_moe.dtypes import resolve_dtype
 from peft_moe.evaluation import metrics_of, table
 from peft_moe.matched import match_lora
+from peft_moe.output import print_any_text
 from peft_moe.reading import MissingSplitError
 from peft_moe.resume import last_complete_checkpoint
 from peft_moe.routing_images import RoutingImages, routes
@@ -214,6 +216,10 @@ class AdapterArguments:
         options = read_json("adapter_options", self.adapter_options or "{}")
         if not isinstance(options, dict):
             raise ValueError(f"--adapter_options={self.adapter_options!r} holds no names; write a mapping of fields.")
+        if twice := sorted(options.keys() & (given.keys() | {"target_modules", "tasks", "task_type"})):
+            raise ValueError(
+                f"--adapter_options has {', '.join(twice)}, which is given apart; give it once, as a flag."
+            )
         given |= options
         config_cls = METHODS[self.method]
         if self.match_lora and config_cls is LoraConfig:
@@ -249,6 +255,7 @@ def read_json(name: str, text: str) -> Any:
 
 def main(argv: list[str]) -> None:
     """Train, score every task, save and publish."""
+    print_any_text()
     model_args, data_args, adapter_args, args = parse_arguments(
         (ModelArguments, DataArguments, AdapterArguments, TrainingArguments), argv
     )
@@ -289,7 +296,10 @@ def main(argv: list[str]) -> None:
             trainer.add_callback(RoutingCallback(trainer, per_layer=adapter_args.log_routing == "layers"))
     show_routing(trainer, adapter_args)
 
-    metrics = trainer.train(resume_from_checkpoint=checkpoint_to_resume(args)).metrics
+    resume = checkpoint_to_resume(args)
+    if resume is None and trainer.is_world_process_zero():  # or scores of an earlier adapter would stay in it
+        Path(args.output_dir, "all_results.json").unlink(missing_ok=True)
+    metrics = trainer.train(resume_from_checkpoint=resume).metrics
     trainer.save_metrics("train", metrics)
     trainer.save_state()
     results: dict[str, dict[str, Any]] = {}
@@ -465,7 +475,7 @@ def save(
         trainer.create_model_card = write_card  # the Trainer would push its own draft instead
         trainer.push_to_hub()
     else:
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # else it would push its own draft of a card
         if trainer.is_world_process_zero():
             write_card()
 

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 TRAIN = Path(__file__).with_name("train.py")
-WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"  # written last: with it an adapter is whole
 
 # settings of stage 2, which a stock LoRA does not have
 STAGE_2 = {
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     experts, settings = experts_of(recipe), stage1_settings(recipe)
     for number, expert in enumerate(experts, start=1):
         label = f"Expert {number} of {len(experts)}, {expert.name}"
-        if not args.again and Path(expert.path, WEIGHTS).exists():
+        if not args.again and Path(expert.path, CONFIG).exists():
             print(f"{label}: is in {expert.path} already; --again trains it anew.", flush=True)
             continue
         print(f"{label}: training on {' '.join(expert.tasks or ['all tasks'])} into {expert.path}.", flush=True)

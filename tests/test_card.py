@@ -14,7 +14,8 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny_models import make_model
 
 from peft_moe import GroupedMoeConfig, MedMoeLoraConfig, MoeConfig, MoeLoraConfig, MoLoraConfig
-from peft_moe.card import METHODS, TAGS, model_card, tags_of
+from peft_moe.card import model_card, tags_of
+from peft_moe.card_methods import METHODS, TAGS
 from peft_moe.data import TaskInfo
 
 INFO = {"size": TaskInfo("size", "Small | tall?", "accuracy"), "leaf": TaskInfo("leaf", "Which leaf?", "macro_f1")}
@@ -189,6 +190,12 @@ def test_odd_names_and_texts_stay_in_their_cells_and_arguments():
 @pytest.mark.parametrize(("dataset", "said"), [("data/medmulti/tiny", True), ("me/forest", False)])
 def test_only_medmulti_comes_with_its_note(dataset, said):
     assert ("medical advice" in make_card(make_moelora(), dataset=dataset).text) is said
+
+
+def test_a_windows_path_is_a_title_and_code_that_can_be_run():
+    text = make_card(make_moelora(), name="outputs\\new").text
+    assert text.lstrip().startswith("# new\n")
+    assert r'from_pretrained("outputs\\new")' in text
 
 
 def test_local_paths_stay_out_of_the_metadata(tmp_path):

@@ -1,6 +1,7 @@
 """The three checks of an adapter: its size, its gate, and what the gate is worth."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -437,6 +438,23 @@ def test_what_cannot_be_done_is_said_before_the_base_model_is_loaded(options, me
     assert main(command) == 1
     error = capsys.readouterr().err
     assert message in error.splitlines()[-1]
+
+
+def test_what_cannot_be_scored_is_said_before_the_work(world, capsys, monkeypatch):
+    adapter = adapter_of("molora", world)
+    command = ["check", "uniform", adapter, "--data", str(world / "data"), "--base-model", "nowhere"]
+    tasks = world / "data" / "tasks.json"
+    tasks.write_text(tasks.read_text().replace("accuracy", "macro_f1").replace("exact_match", "macro_f1"))
+    with monkeypatch.context() as patch:
+        for module in [name for name in sys.modules if name.split(".")[0] == "sklearn"]:
+            patch.delitem(sys.modules, module)
+        patch.setitem(sys.modules, "sklearn", None)  # Python's own way to make an import fail
+        assert main(command) == 1
+    assert "peft-moe: This metric needs scikit-learn; install it" in capsys.readouterr().err
+    for path in (world / "data").iterdir():
+        path.write_text(path.read_text().replace('"leaf"', '"mean"'))
+    assert main(command) == 1
+    assert "A task is called 'mean'" in capsys.readouterr().err
 
 
 def test_an_adapter_without_a_router_is_refused_before_the_work(world, capsys):

@@ -365,6 +365,15 @@ def test_what_is_there_is_replaced_only_if_that_is_asked_for(write, tmp_path, ca
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "groups.yaml", "out"]
 
 
+def test_an_expert_is_not_written_over(write, folders, tmp_path, capsys):
+    own = shutil.copytree(folders("llama")["a"], tmp_path / "own")
+    before = (own / CONFIG).read_bytes()
+    file = write(groups={"g": {"x": str(own)}})
+    assert main(["compose", str(file), "--out", str(own), "--overwrite"]) == 1
+    assert f"{own} holds the adapter that this is made of" in capsys.readouterr().err
+    assert (own / CONFIG).read_bytes() == before
+
+
 REFUSED = {
     "a field that is none": ({"mixx": 0.5}, r"groups.yaml has \['mixx'\], which are no fields of GroupedMoeConfig"),
     "a value out of range": ({"mix": 2}, r"mix=2 is the share of the mixture; give a number from 0 to 1"),

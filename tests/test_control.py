@@ -959,6 +959,21 @@ def adapter(folder, tmp_path):
     return tmp_path / "adapter"
 
 
+def test_the_card_of_a_fold_says_which_weights_were_fixed(folder, tmp_path):
+    def said(out):
+        return " ".join((out / "README.md").read_text().split())
+
+    model = mixture(folder)
+    model.set_group_weights({"f": {"a": 1.0}}, group_weights={"f": 1.0}, store=True)
+    assert f"the adapter with its weights fixed by `{model.active_peft_config.group_weights}`" in said(
+        fold(model, tmp_path / "stored")
+    )
+    others = {"weights": {"f": {"b": 1.0}}, "group_weights": {"f": 1.0}, "mix": 1.0}
+    with model.routing(**others):
+        assert "the adapter with those weights" in said(fold(model, tmp_path / "for now"))
+    assert f"fixed by `{others}`" in said(fold(model, tmp_path / "given", routing=others))
+
+
 def test_the_command_folds_what_is_fixed_by_it_or_in_the_adapter(adapter, tmp_path, capsys):
     model, inputs = PeftModel.from_pretrained(make_model("llama"), adapter).eval(), make_inputs("llama")
     out = tmp_path / "out"

@@ -214,6 +214,25 @@ def test_sources_without_data_are_errors(tmp_path):
             read_examples(path)
 
 
+def test_csv_files_of_a_folder_have_the_same_columns(tmp_path):
+    (tmp_path / "train.csv").write_text("task,instruction,output\na,Do it.,x\n")
+    for other in ("task,instruction,input,output\na,Do it.,this,x\n", "task,output\na,x\n"):
+        (tmp_path / "dev.csv").write_text(other)
+        with pytest.raises(
+            ValueError, match=r"train.csv has the columns \['task', 'instruction', 'output'\], and .*dev"
+        ):
+            read_examples(str(tmp_path), split="dev")
+    (tmp_path / "dev.csv").write_text("output,task,instruction\nx,a,Do it.\n")  # the order is free
+    assert read_examples(str(tmp_path), split="dev")[0]["messages"][0]["content"] == "Do it."
+
+
+def test_dates_within_messages_and_lists_stay_as_they_are_written(tmp_path):
+    dates = [{"role": "user", "content": "2020-01-01"}, {"role": "assistant", "content": "2020-01-02T00:00:00"}]
+    rows = [{"task": ["2020-01-01", "2021-01-01"], "messages": dates}] * 2
+    examples = read_examples(write_rows(tmp_path, rows))
+    assert examples[0] == {"task": ["2020-01-01", "2021-01-01"], "messages": dates}
+
+
 def test_task_info_is_found_beside_a_file_and_may_be_absent(tmp_path):
     info = read_task_info(str(MEDMULTI / "dev.jsonl"))
     assert info == read_task_info(str(MEDMULTI))
@@ -243,6 +262,7 @@ except FileNotFoundError as error:
     assert "No data at 'local/absent'" in str(error), error
 else:
     raise AssertionError("a dataset that does not exist was read")
+assert read_task_info("local/absent") == read_task_info("local/data", revision="nowhere") == {}
 """)
 
 

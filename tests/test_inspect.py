@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from io import StringIO
 
 import pytest
@@ -339,3 +342,14 @@ def test_an_adapter_on_the_hub_is_read_at_a_revision(run_with_hub):
         "assert main(['inspect', 'local/adapter', '--revision', 'no']) == 1\n"
         "assert main(['inspect', 'local/nothing']) == 1\n"
     )
+
+
+def test_names_that_the_terminal_cannot_show_end_nothing(tmp_path):
+    routed("llama", tasks=["诊断", "λ"]).save_pretrained(tmp_path / "a")
+    code = "import sys; from peft_moe.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "inspect", str(tmp_path / "a")],
+        env=os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert rb"\u8bca\u65ad" in done.stdout

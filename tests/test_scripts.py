@@ -128,6 +128,20 @@ def test_tasks_that_cannot_be_scored_are_named_before_training(recipe, data, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_scores_of_an_earlier_run_are_not_beside_those_of_the_next(recipe, tmp_path):
+    results = tmp_path / "out" / "all_results.json"
+    results.parent.mkdir()
+    results.write_text('{"test": {"mean": {"score": 1.0}}}')
+    main([str(recipe), "--eval_split", "null", "--test_split", "null", "--max_steps", "1"])
+    assert json.loads(results.read_text()).keys() & {"test", "train_loss"} == {"train_loss"}
+
+
+def test_an_option_that_is_a_flag_too_is_given_once(recipe):
+    for options in ('{"target_modules": ["q_proj"]}', '{"tasks": ["a"]}', '{"r": 8}'):
+        with pytest.raises(ValueError, match="--adapter_options has .*, which is given apart; give it once, as a flag"):
+            main([str(recipe), "--adapter_options", options])
+
+
 def test_data_with_one_split_is_enough(recipe, data, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     for name in ("train.jsonl", "tasks.json"):
@@ -335,6 +349,19 @@ def test_pushing_sends_our_card_and_the_adapter_loads_from_the_hub(recipe, hub, 
     assert "['size', 'leaf']" in done.stdout
     assert "peft-moe fold local/trees --task size --out size-lora" in done.stdout
     assert done.stdout.count("\n# trees") == 1
+
+
+@pytest.mark.slow
+def test_nothing_is_pushed_before_the_scores_are_there(recipe, hub, tmp_path):
+    environment = client_environment(hub, home=tmp_path / "hf_home")
+    push = ["--push_to_hub", "true", "--hub_model_id", "local/unscored", "--max_new_tokens", "0"]
+    done = subprocess.run([sys.executable, TRAIN, str(recipe), *push], env=environment, capture_output=True, text=True)
+    assert "max_new_tokens=0" in done.stderr.splitlines()[-1]
+    assert (tmp_path / "out" / WEIGHTS).exists()
+    files = "import huggingface_hub\nprint(huggingface_hub.list_repo_files('local/unscored'))"
+    done = subprocess.run([sys.executable, "-c", files], env=environment, check=True, capture_output=True, text=True)
+    assert "README.md" not in done.stdout
+    assert WEIGHTS not in done.stdout
 
 
 @pytest.mark.long

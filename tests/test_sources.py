@@ -178,13 +178,19 @@ def test_a_source_can_be_in_a_subfolder(folders, tmp_path):
     assert model.active_peft_config.groups["g"]["x"]["subfolder"] == "of/a"
 
 
-@pytest.mark.parametrize("path", ["someone/base", "{}/elsewhere/base", "{}/base/", None])
+@pytest.mark.parametrize("path", ["someone/base", "{}/elsewhere/base", "{}/base/", "C:\\models\\base", None])
 def test_base_models_are_compared_by_the_last_part_of_their_names(path, folders, tmp_path):
     make_model("llama").save_pretrained(tmp_path / "base")
     base = type(make_model("llama")).from_pretrained(tmp_path / "base").eval()
     source = shutil.copytree(folders("llama")["a"], tmp_path / "a")
     set_config(source, base_model_name_or_path=path and path.format(tmp_path))
     assert routed_layers(as_expert("llama", source, folders, base=base))
+
+
+def test_a_source_in_the_home_directory_is_found(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(folders("llama")["a"], tmp_path / "loras" / "a")
+    assert routed_layers(as_expert("llama", "~/loras/a", folders))
 
 
 def test_an_expert_of_another_base_model_is_taken_if_the_user_says_so(folders, tmp_path):

@@ -13,7 +13,7 @@ from train_experts import main
 
 from peft_moe.data import take_per_task
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @pytest.fixture
@@ -70,10 +70,10 @@ def test_each_expert_is_a_stock_lora_of_its_tasks_and_a_second_call_leaves_it(re
     assert f"Expert 2 of 3, foliage: training on leaf into {experts / 'foliage'}." in printed
     assert f"All 3 experts are there; next: python scripts/train.py {recipe}" in printed
 
-    (experts / "foliage" / WEIGHTS).unlink()  # as if the call had been interrupted
+    (experts / "foliage" / CONFIG).unlink()  # as if the call had been interrupted while it was saved
     written = {name: (experts / name / WEIGHTS).stat().st_mtime_ns for name in ("size", "general")}
     main([str(recipe)])
-    assert (experts / "foliage" / WEIGHTS).exists()
+    assert (experts / "foliage" / CONFIG).exists()
     assert written == {name: (experts / name / WEIGHTS).stat().st_mtime_ns for name in written}
     assert f"Expert 1 of 3, size: is in {experts / 'size'} already; --again" in capfd.readouterr().out
 
@@ -83,6 +83,7 @@ def test_an_expert_that_is_there_is_trained_anew_if_asked(recipe, tmp_path):
     folder = tmp_path / "experts" / "size"
     folder.mkdir(parents=True)
     (folder / WEIGHTS).write_bytes(b"old")
+    (folder / CONFIG).write_bytes(b"{}")
     change(
         recipe, groups={"wood": {"size": str(folder)}}, general_expert=None, stage1=None, dataset=str(tmp_path / "data")
     )

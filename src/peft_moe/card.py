@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 import peft
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .card_methods import METHODS, TAGS, Method, method_of, table
+from .card_methods import hub_id, method_of, table
 from .config import MoeConfig
+from .directory import last_part
 from .moelora import MoeLoraConfig
 
 if TYPE_CHECKING:
     from .data import TaskInfo
-
-__all__ = ["METHODS", "TAGS", "Method", "model_card", "tags_of"]
 
 MEDMULTI_NOTE = (
     "MedMulti is made for research and software tests: parts of it are unvalidated, it is no clinical benchmark, and "
@@ -66,12 +65,12 @@ def model_card(
     """
     config = model.active_peft_config
     method = method_of(config)
-    title = name.rstrip("/").split("/")[-1]
+    title = last_part(name)
     data = ModelCardData(
         library_name="peft",
         pipeline_tag="text-generation" if config.task_type == "CAUSAL_LM" else None,
-        base_model=_hub_id(config.base_model_name_or_path),
-        datasets=_hub_id(dataset),
+        base_model=hub_id(config.base_model_name_or_path),
+        datasets=hub_id(dataset),
         license=license,
         tags=tags_of(config),
         model_name=title,
@@ -91,11 +90,6 @@ def model_card(
         f"### Framework versions\n\n- PEFT {peft.__version__}",
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
-
-
-def _hub_id(source: str | None) -> str | None:
-    # The Hub refuses metadata that names a local path.
-    return None if source is None or Path(source).exists() else source
 
 
 def _eval_results(results: Mapping[str, Mapping[str, Any]] | None, dataset: str, split: str) -> list[EvalResult]:
@@ -170,12 +164,12 @@ def _loading(model: peft.PeftModel, name: str) -> str:
         f"from peft import {auto}",
         "from transformers import AutoTokenizer",
         "",
-        f'model = {auto}.from_pretrained("{name}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f"model = {auto}.from_pretrained({json.dumps(name, ensure_ascii=False)})",
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name, ensure_ascii=False)})",
         *([choose.format(json.dumps(config.task_names[0], ensure_ascii=False))] if method_of(config).by_task else []),
     ]
     install = "`pip install peft_moe`, then:\n\n" if ours else ""
-    local = "" if _hub_id(base) else f"\n\nThe base model is a local folder, `{base}`, and must be there to load."
+    local = "" if hub_id(base) else f"\n\nThe base model is a local folder, `{base}`, and must be there to load."
     return f"## Use\n\n{install}```python\n" + "\n".join(lines) + f"\n```{local}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -13,6 +14,12 @@ from .grouped import GroupedMoeConfig
 from .medmoe import MedMoeLoraConfig
 from .moelora import MoeLoraConfig
 from .molora import MoLoraConfig
+
+
+def hub_id(source: str | None) -> str | None:
+    """A model or dataset as metadata may name it: the Hub refuses a local path."""
+    return None if source is None or Path(source).exists() else source
+
 
 TAGS = ("peft-moe", "moelora", "mixture-of-lora-experts")  # of MOELoRA adapters
 

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .directory import adapter_directory
+from .directory import adapter_directory, check_not_over
 from .grouped import GroupedMoeConfig, read_expert
 from .grouped.config import check_groups
 from .grouped.fit import check_expert
@@ -132,7 +132,8 @@ def compose(recipe: str | Path, out_dir: str | Path, *, base_model: str | None =
         `out_dir`.
 
     Raises:
-        ValueError: fields that `GroupedMoeConfig` does not have or take, or sources that cannot be experts.
+        ValueError: fields that `GroupedMoeConfig` does not have or take, sources that cannot be experts, or `out_dir`
+            is one of them.
         FileNotFoundError: no such file or source.
         FileExistsError: `out_dir` holds files of these names, and `overwrite` is False.
 
@@ -140,13 +141,14 @@ def compose(recipe: str | Path, out_dir: str | Path, *, base_model: str | None =
         >>> compose("groups.yaml", "composed")
         >>> PeftModel.from_pretrained(base_model, "composed")
     """
-    with adapter_directory(Path(out_dir), overwrite=overwrite) as work:
-        _composed(Path(recipe), base_model).save_pretrained(str(work))
+    out = Path(out_dir)
+    with adapter_directory(out, overwrite=overwrite) as work:
+        _composed(Path(recipe), base_model, out).save_pretrained(str(work))
     return Path(out_dir)
 
 
-def _composed(recipe: Path, base_model: str | None) -> PeftModel:
-    """The adapter, on a base model without weights."""
+def _composed(recipe: Path, base_model: str | None, out: Path) -> PeftModel:
+    """The adapter that is to be written to a directory, on a base model without weights."""
     fields = _read_recipe(recipe)
     base_class = fields.pop("base_class", None)
     named = fields.pop("base_model_name_or_path", None)
@@ -154,6 +156,7 @@ def _composed(recipe: Path, base_model: str | None) -> PeftModel:
     if unknown := sorted(fields.keys() - {f.name for f in dataclasses.fields(GroupedMoeConfig)}):
         raise ValueError(f"{recipe} has {unknown}, which are no fields of GroupedMoeConfig.")
     config, experts = _read_all(groups, general, fields)
+    check_not_over(out, [Path(e.origin["source"], e.origin.get("subfolder") or "").expanduser() for e in experts])
     base = base_model or named or next((e.base_model for e in experts if e.base_model), None)
     if base is None:
         raise ValueError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 FILES = (SAFETENSORS_WEIGHTS_NAME, "README.md", CONFIG_NAME)
 
 
+def last_part(name: str) -> str:
+    """The last part of a folder's path, as any system writes it, or of a Hub id."""
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+
+
 def check_free(out_dir: Path, *, overwrite: bool) -> None:
     """Raise an error if a directory cannot be written, or holds an adapter's files and `overwrite` is False."""
     file = next((path for path in (out_dir, *out_dir.parents) if path.is_file()), None)
@@ -23,6 +29,13 @@ def check_free(out_dir: Path, *, overwrite: bool) -> None:
     there = [name for name in FILES if (out_dir / name).exists()]
     if there and not overwrite:
         raise FileExistsError(f"{out_dir} holds {there} already; choose another directory, or pass overwrite=True.")
+
+
+def check_not_over(out_dir: Path, sources: Iterable[Path]) -> None:
+    """Raise a ValueError if what is made of adapters would be written over one of them, whether or not that may be."""
+    for source in sources:
+        if source.is_dir() and source.resolve() == out_dir.resolve():
+            raise ValueError(f"{out_dir} holds the adapter that this is made of; choose another directory.")
 
 
 @contextmanager

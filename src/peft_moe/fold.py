@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 from .calibrate import Calibration
 from .card_methods import method_of
 from .config import MoeConfig
-from .directory import adapter_directory, read_config
+from .directory import adapter_directory, check_not_over, read_config
 from .fold_card import How, errors_section, folded_card
 from .folding import Banks, StateDict, fold_banks, keys_of_banks
 from .grouped.config import GroupedMoeConfig
@@ -85,8 +85,8 @@ def fold(
         `out_dir`.
 
     Raises:
-        ValueError: unknown task, weights that depend on the input without calibration, an adapter of another kind, or
-            broken files.
+        ValueError: unknown task, weights that depend on the input without calibration, an adapter of another kind,
+            broken files, or `out_dir` is the adapter's own directory.
         TypeError: a model that is not a `PeftModel`, such as one that is still wrapped for training; an argument that
             is none.
         FileExistsError: `out_dir` holds files of these names, and `overwrite` is False.
@@ -98,6 +98,8 @@ def fold(
     known = inspect.signature(hf_hub_download).parameters
     if unknown := sorted(name for name in hub_kwargs if name not in known or isinstance(source, PeftModel)):
         raise TypeError(f"fold has no argument {unknown[0]!r} here; other ones than its own are for a Hub id alone.")
+    if isinstance(source, (str, Path)):
+        check_not_over(Path(out_dir), [Path(source, hub_kwargs.get("subfolder") or "")])
     adapter = _read(source, adapter_name, hub_kwargs)
     with whole(source):
         banks, how = _banks(adapter, task, routing)
@@ -152,7 +154,7 @@ def _banks(adapter: Adapter, task: Any, routing: Mapping[str, Any] | None) -> tu
         experts = ", ".join(f"{group} ({', '.join(names)})" for group, names in config.names.items())
         control = config.control(routing) if routing is not None else adapter.control
         if routing is not None or adapter.calibration is None:
-            choice = routing or config.group_weights
+            choice = routing if routing is not None else _stored(adapter)
             fixed = f"with its weights fixed by `{choice}`" if choice else "with those weights"
             how = How(
                 "LoRA of fixed experts",
@@ -163,6 +165,15 @@ def _banks(adapter: Adapter, task: Any, routing: Mapping[str, Any] | None) -> tu
     elif routing is not None:
         raise ValueError(f"routing={routing!r}: {kind} adapters have no groups; leave routing= out.")
     return _stand_ins(adapter)
+
+
+def _stored(adapter: Adapter) -> Any:
+    """The weights that the adapter's config says, if they are what is fixed now."""
+    config = cast(GroupedMoeConfig, adapter.config)
+    if not config.group_weights or adapter.control is None:
+        return None
+    there, stored = adapter.control.numbers(), config.control(config.group_weights).numbers()
+    return config.group_weights if there.shape == stored.shape and torch.equal(there, stored) else None
 
 
 def _stand_ins(adapter: Adapter) -> tuple[Banks, How]:

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
 
 from .calibrate import Calibration
-from .card_methods import table
+from .card_methods import hub_id, table
 from .config import MoeConfig
 
 
@@ -52,7 +52,7 @@ adapter adds, over the norm of the latter: 0 is the same, 1 as wrong as adding n
 def folded_card(config: MoeConfig, lora_config: LoraConfig, how: How) -> str:
     """The README of a folded adapter."""
     base = config.base_model_name_or_path
-    data = ModelCardData(base_model=base, library_name="peft", tags=["lora", "peft-moe"])
+    data = ModelCardData(base_model=hub_id(base), library_name="peft", tags=["lora", "peft-moe"])
     text = f"""---
 {data.to_yaml()}
 ---

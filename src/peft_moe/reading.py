@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -62,8 +68,8 @@ def read_task_info(source: str, *, revision: str | None = None) -> dict[str, Tas
                 f"No data at {source!r} in a file or folder, and whether it has a tasks.json on the Hub, which says "
                 f"how tasks are scored, cannot be told ({error}); go online, or use a local copy."
             ) from None
-        except (EntryNotFoundError, HFValidationError):
-            return {}
+        except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
+            return {}  # whoever reads the rows is told what is not there
     if not path.exists():
         return {}
     try:

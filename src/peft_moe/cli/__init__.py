@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ..output import print_any_text
 from . import check, compose, fold, inspect, report
 
 COMMANDS = (fold, compose, inspect, check, report)
@@ -17,9 +18,10 @@ def main(argv: list[str] | None = None) -> int:
     for command in COMMANDS:
         command.add_to(commands)
     arguments = parser.parse_args(argv)
+    print_any_text()
     try:
         arguments.run(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         from ..report.layout import clean
 
         # names and texts of an adapter or of data may be in it

@@ -60,8 +60,7 @@ def run_uniform(arguments: argparse.Namespace) -> None:
     """Score an adapter as it is, and with the same weight for all experts."""
     from ..checks import check_count
     from ..data import read_task_info, task_key, tokenize
-    from ..evaluation import generate_answers, score
-    from ..metrics import load_metric
+    from ..evaluation import generate_answers, metrics_of, score
     from ..report.adapter import read_moe_config
     from ..report.uniform import ablate, check_can_be_uniform, rate_rows
     from .loading import Source
@@ -73,9 +72,8 @@ def run_uniform(arguments: argparse.Namespace) -> None:
     config = read_moe_config(arguments.adapter, **hub)
     check_can_be_uniform(config, _described(arguments))
     info = read_task_info(arguments.data)
-    for task in info.values():
-        load_metric(task.metric)
     split, examples = _rows(arguments, config)
+    metrics_of(examples, info)  # what cannot be scored
     source = Source(arguments.adapter, config, base_model=arguments.base_model, hub=hub)
     tokenizer = source.tokenizer()
     for messages in examples["messages"]:

@@ -52,7 +52,7 @@ def _mapping(text: str) -> dict[str, Any]:
 def run(arguments: argparse.Namespace) -> None:
     """Write an adapter as a stock LoRA: for a task, with fixed weights, or as what comes closest to it over data."""
     from .. import GroupedMoeConfig, MoeConfig
-    from ..directory import read_config
+    from ..directory import check_free, read_config
     from ..fold import fold
 
     hub = {"revision": arguments.revision} if arguments.revision else {}
@@ -76,8 +76,10 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if arguments.all_tasks and names:
         outs = {name: arguments.out / re.sub(r"[^\w.-]|^\.+$", "_", name) for name in names}
-        if len(set(outs.values())) < len(names):
+        if len({str(out).casefold() for out in outs.values()}) < len(names):  # some file systems have one case only
             raise ValueError(f"Tasks {names} do not make distinct directory names; fold them one by one with --task.")
+        for out in outs.values():
+            check_free(out, overwrite=arguments.overwrite)  # all before the first is written
     else:
         outs = {arguments.task: arguments.out}
     for task, out in outs.items():

@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..directory import last_part
 from .sources import Expert
 
 
@@ -21,7 +22,7 @@ def check_expert(name: str, expert: Expert, modules: Mapping[str, nn.Module], ba
         base_model: the model's name, to be compared by its last part, since one may be a folder and one a Hub id; None
             for no comparison.
     """
-    ours, theirs = (str(path).rstrip("/").split("/")[-1] if path else "" for path in (base_model, expert.base_model))
+    ours, theirs = (last_part(path or "") for path in (base_model, expert.base_model))
     if ours and theirs and ours != theirs:
         raise ValueError(
             f"{name} was trained on {expert.base_model!r}, and the base model is {base_model!r}; if they are the same, "

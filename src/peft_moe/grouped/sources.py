@@ -277,8 +277,8 @@ def _of_task(config: Mapping[str, Any], state_dict: dict[str, torch.Tensor], tas
 def _find(name: str, entries: Mapping[str, Any], where: str) -> Path:
     """The path of a file of an adapter, in a folder or from the Hub."""
     source, subfolder = entries["source"], entries.get("subfolder")
-    folder = Path(source) / (subfolder or "")
-    if Path(source).exists() or source.startswith((".", "/", "~")):
+    folder = Path(source, subfolder or "").expanduser()
+    if Path(source).expanduser().exists() or source.startswith((".", "/", "~")):
         if (folder / name).is_file():
             return folder / name
         pickles = [p for p in PICKLES if (folder / p).exists()]

@@ -146,7 +146,7 @@ def show_diversity(found: Mapping[str, Any], console: Console) -> None:
 
 
 def show_uniform(found: Mapping[str, Any], console: Console) -> None:
-    """Print what `verify.ablate` returned."""
+    """Print what `uniform.ablate` returned."""
     before, after = found["as_it_is"], found["uniform"]
     table = new_table(["task", "metric"], ["rows", "as it is", "uniform", "change", "lower", "higher", "p"])
     for task, result in before.items():
