@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_moe import MoeLoraConfig, MoLoraConfig
 from peft_moe.cli import main
-from peft_moe.cli.report import check_free, report_directory, show
+from peft_moe.cli.report import report_directory, show
 from peft_moe.report.results import Routing
 
 TARGETS = ["q_proj", "down_proj"]
@@ -226,8 +226,11 @@ def test_a_report_takes_its_place_whole_and_old_pictures_of_ours_go(tmp_path):
     out.mkdir()
     for name in ("routing.json", "groups.png", "mine.png"):
         (out / name).write_text("old")
-    with pytest.raises(FileExistsError, match=r"\['routing.json', 'groups.png'\] already"):
-        check_free(out, overwrite=False)
+    with (
+        pytest.raises(FileExistsError, match=r"\['routing.json', 'groups.png'\] already"),
+        report_directory(out, overwrite=False),
+    ):
+        raise AssertionError("what is there is in the way")
 
     def write(work, *, fail):
         (work / "routing.json").write_text("new")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,16 @@ def last_part(name: str) -> str:
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
-def check_free(out_dir: Path, *, overwrite: bool) -> None:
-    """Raise an error if a directory cannot be written, or holds an adapter's files and `overwrite` is False."""
+def check_free(out_dir: Path, *, overwrite: bool, names: Sequence[str] = FILES) -> None:
+    """Raise an error if a directory cannot be written, or holds files of these names and `overwrite` is False."""
     file = next((path for path in (out_dir, *out_dir.parents) if path.is_file()), None)
     if file is not None:
         raise NotADirectoryError(f"{out_dir} cannot be a directory, since {file} is a file; choose another directory.")
-    there = [name for name in FILES if (out_dir / name).exists()]
+    there = [name for name in names if (out_dir / name).exists()]
     if there and not overwrite:
-        raise FileExistsError(f"{out_dir} holds {there} already; choose another directory, or pass overwrite=True.")
+        raise FileExistsError(
+            f"{out_dir} holds {there} already; choose another directory, or pass overwrite=True (--overwrite)."
+        )
 
 
 def check_not_over(out_dir: Path, sources: Iterable[Path]) -> None:

@@ -35,8 +35,9 @@ def run_parameters(arguments: argparse.Namespace) -> None:
     """Count the parameters of an adapter beside those of a LoRA of the same total rank on the same layers."""
     from ..report.adapter import describe
     from ..report.verify import parameters
+    from .loading import hub_of
 
-    found = parameters(describe(arguments.adapter, strict=False, **_hub(arguments)))
+    found = parameters(describe(arguments.adapter, strict=False, **hub_of(arguments)))
     if not _printed_as_json(arguments, found):
         from ..report.tables import new_console, show_parameters
 
@@ -63,12 +64,12 @@ def run_uniform(arguments: argparse.Namespace) -> None:
     from ..evaluation import generate_answers, metrics_of, score
     from ..report.adapter import read_moe_config
     from ..report.uniform import ablate, check_can_be_uniform, rate_rows
-    from .loading import Source
+    from .loading import Source, hub_of
 
     for option in ("limit", "batch_size", "max_new_tokens"):  # all before the work
         if getattr(arguments, option) is not None:
             check_count(f"--{option.replace('_', '-')}", getattr(arguments, option), "no count")
-    hub = _hub(arguments)
+    hub = hub_of(arguments)
     config = read_moe_config(arguments.adapter, **hub)
     check_can_be_uniform(config, _described(arguments))
     info = read_task_info(arguments.data)
@@ -113,12 +114,9 @@ def _rows(arguments: argparse.Namespace, config: Any) -> tuple[str | None, Any]:
 
 def _described(arguments: argparse.Namespace) -> dict[str, Any]:
     from ..report.adapter import describe
+    from .loading import hub_of
 
-    return describe(arguments.adapter, **_hub(arguments))
-
-
-def _hub(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {"revision": arguments.revision} if arguments.revision else {}
+    return describe(arguments.adapter, **hub_of(arguments))
 
 
 def _printed_as_json(arguments: argparse.Namespace, found: dict[str, Any]) -> bool:

@@ -54,8 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
     from .. import GroupedMoeConfig, MoeConfig
     from ..directory import check_free, read_config
     from ..fold import fold
+    from .loading import hub_of
 
-    hub = {"revision": arguments.revision} if arguments.revision else {}
+    hub = hub_of(arguments)
     config = read_config(arguments.adapter, **hub)
     if arguments.calibrate:
         model = _calibrated(arguments, config, hub)

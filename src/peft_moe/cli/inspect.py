@@ -23,8 +23,9 @@ def run(arguments: argparse.Namespace) -> None:
     not loaded.
     """
     from ..report.adapter import describe
+    from .loading import hub_of
 
-    description = describe(arguments.adapter, **({"revision": arguments.revision} if arguments.revision else {}))
+    description = describe(arguments.adapter, **hub_of(arguments))
     if arguments.json:
         print(json.dumps(description, indent=1, allow_nan=False))
         return

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
+
+
+def hub_of(arguments: Namespace) -> dict[str, Any]:
+    """What is to be said to the Hub of an adapter there."""
+    return {"revision": arguments.revision} if arguments.revision else {}
 
 
 class Source:

@@ -39,17 +39,18 @@ def run(arguments: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from ..checks import check_count
+    from ..directory import check_free
     from ..report.adapter import describe, read_moe_config
     from ..report.collect import look_at
     from ..report.page import write_page
     from ..report.rows import Rows
-    from .loading import Source
+    from .loading import Source, hub_of
 
     for option, low in {"rows": 1, "batch_size": 1, "max_length": 1, "samples": 0}.items():  # all before the work
         check_count(f"--{option.replace('_', '-')}", getattr(arguments, option), "no count", low=low)
-    check_free(arguments.out, overwrite=arguments.overwrite)
+    check_free(arguments.out, overwrite=arguments.overwrite, names=_names())
     write_pictures = None if arguments.no_pictures else _pictures()
-    hub = {"revision": arguments.revision} if arguments.revision else {}
+    hub = hub_of(arguments)
     config = read_moe_config(arguments.adapter, **hub)
     if not describe(arguments.adapter, **hub)["routers"]:
         raise ValueError(
@@ -75,11 +76,11 @@ def report_directory(out: Path, *, overwrite: bool) -> Iterator[Path]:
     Files of the report that was there and that the new one does not have are removed. An error leaves `out` as it was.
 
     Raises:
-        FileExistsError, NotADirectoryError: as `check_free`.
+        FileExistsError, NotADirectoryError: as `directory.check_free`.
     """
-    from ..directory import folder_near
+    from ..directory import check_free, folder_near
 
-    check_free(out, overwrite=overwrite)
+    check_free(out, overwrite=overwrite, names=_names())
     with folder_near(out) as work:
         yield work
         out.mkdir(exist_ok=True)
@@ -88,16 +89,6 @@ def report_directory(out: Path, *, overwrite: bool) -> Iterator[Path]:
                 (work / name).replace(out / name)
             else:
                 (out / name).unlink(missing_ok=True)
-
-
-def check_free(out: Path, *, overwrite: bool) -> None:
-    """Raise an error if a directory cannot be written, or holds files of a report and `overwrite` is False."""
-    file = next((path for path in (out, *out.parents) if path.is_file()), None)
-    if file is not None:
-        raise NotADirectoryError(f"{out} cannot be a directory, since {file} is a file; choose another directory.")
-    there = [name for name in _names() if (out / name).exists()]
-    if there and not overwrite:
-        raise FileExistsError(f"{out} holds {there} already; choose another directory, or pass --overwrite.")
 
 
 def _names() -> list[str]:
