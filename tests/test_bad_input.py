@@ -469,9 +469,13 @@ CALLS = {
         NotADirectoryError,
     ),
     "to fold over an adapter": Row(
-        lambda b: fold(b.saved, b.saved, task="icd"),
+        lambda b: fold(b.moelora, b.saved, task="icd"),
         "already; choose another directory, or pass overwrite",
         FileExistsError,
+    ),
+    "to fold an adapter over itself": Row(
+        lambda b: fold(b.saved, b.saved, task="icd", overwrite=True),
+        "holds the adapter that this is made of; choose another directory",
     ),
     "to fold an unknown adapter": Row(
         lambda b: fold(b.moelora, b.folder / "f", task="icd", adapter_name="other"),
@@ -681,7 +685,7 @@ COMMANDS = {
     ),
     "folding an unknown task": command("Unknown task 'mri'", "fold", "{saved}", "--task", "mri", "--out", "{folder}/o"),
     "folding an id beyond the last": command("Unknown task 3", "fold", "{saved}", "--task", "3", "--out", "{folder}/o"),
-    "folding over an adapter": command("holds .* already", "fold", "{saved}", "--task", "icd", "--out", "{saved}"),
+    "folding over itself": command("that this is made of", "fold", "{saved}", "--task", "icd", "--out", "{saved}"),
     "folding into a file": command(
         "is a file; choose another", "fold", "{saved}", "--task", "icd", "--out", "{saved}/adapter_config.json"
     ),

@@ -1,10 +1,10 @@
 """Whether the commits at which runs were made train and answer alike: the same few steps by the code of each.
 
-    python scripts/evidence/commits.py
+    python scripts/evidence/commits.py [COMMIT ...]
 
-Of every commit that a record names, and of the present one, a work tree is made, whose own scripts/train.py trains each
-method for a few steps on the tiny rows and scores its answers to the test rows. AT-MoE's experts are two LoRAs that the
-first commit has trained. All of it on one machine, with one thread.
+Of every commit that a record names, and of the present one, or of those that are given, a work tree is made. Its own
+scripts/train.py trains each method for a few steps on the tiny rows and scores its answers to the test rows. AT-MoE's
+experts are two LoRAs that the first commit has trained. All of it on one machine, with one thread.
 
 Prints, for each method and commit, the largest difference of a step's loss from that of the first commit, relative to
 it, and the largest difference of a task's score.
@@ -29,11 +29,11 @@ RUNS = ROOT / "docs" / "evidence" / "runs"
 TRAINED = ("lora-r16", "moelora", "molora", "medmoelora", "at_moe")
 
 
-def main() -> None:
+def main(given: list[str]) -> None:
     """Print a table."""
     os.chdir(ROOT)
     prepare(full())
-    commits = commits_of_records()
+    commits = [git("rev-parse", commit) for commit in given] or commits_of_records()
     print(f"{STEPS} steps of {COMMON['per_device_train_batch_size']} rows; beside {commits[0][:10]}:\n")
     print("| method | commit | loss, relative | score |\n|---|---|---|---|")
     first: dict[str, Any] = {}
@@ -98,4 +98,4 @@ def git(*words: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
