@@ -217,9 +217,7 @@ class AdapterArguments:
         if not isinstance(options, dict):
             raise ValueError(f"--adapter_options={self.adapter_options!r} holds no names; write a mapping of fields.")
         if twice := sorted(options.keys() & (given.keys() | {"target_modules", "tasks", "task_type"})):
-            raise ValueError(
-                f"--adapter_options has {', '.join(twice)}, which is given apart; give it once, as a flag."
-            )
+            raise ValueError(f"--adapter_options has {', '.join(twice)}, which flags or the method give; leave it out.")
         given |= options
         config_cls = METHODS[self.method]
         if self.match_lora and config_cls is LoraConfig:

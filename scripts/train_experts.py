@@ -10,6 +10,7 @@ so that an interrupted call goes on where it stopped; --again trains all anew.
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -91,9 +92,9 @@ def experts_of(recipe: Mapping[str, Any]) -> list[Expert]:
         raise ValueError(f"stage1 has tasks={tasks!r}; write {{expert: [task, ...]}}.")
     if unknown := sorted(tasks.keys() - paths.keys()):
         raise ValueError(f"stage1 has tasks for {unknown}, which groups does not have; use some of {list(paths)}.")
-    experts = [Expert(name, path, tasks.get(name, [name])) for name, path in paths.items()]
+    experts = [Expert(name, at_home(path), tasks.get(name, [name])) for name, path in paths.items()]
     if (general := recipe.get("general_expert")) is not None:
-        experts.append(Expert("the general one", general, None))
+        experts.append(Expert("the general one", at_home(general), None))
     used: dict[Path, str] = {}
     for expert in experts:
         check_path(expert)
@@ -103,6 +104,11 @@ def experts_of(recipe: Mapping[str, Any]) -> list[Expert]:
             )
         used[Path(expert.path).resolve()] = expert.name
     return experts
+
+
+def at_home(path: Any) -> Any:
+    """A path with the home directory in place of "~", as stage 2 and the Trainer read it."""
+    return os.path.expanduser(path) if isinstance(path, str) else path
 
 
 def expert_paths(groups: Any) -> dict[str, Any]:

@@ -117,6 +117,7 @@ BAD = {
     "nothing close": ("name: a", ["--zzz"], "unknown argument '--zzz' on the command line; --help lists"),
     "key twice a flag": ("name: a", ["--ra", "1"], "unknown argument '--ra'"),
     "wrong type": ("name: a\nrank: 4.5", [], "argument --rank: invalid int value: '4.5'"),
+    "null as a name": ("name: a\ntasks: ['null']", [], "has the text \\['null'\\] for tasks, which means nothing"),
     "null where there is none": ("name: a", ["--rank", "null"], "argument --rank: invalid int value: 'null'"),
     "wrong choice": ("name: a\nkind: three", [], "argument --kind: invalid choice: 'three'"),
     "missing": ("rank: 4", [], "the following arguments are required: --name"),

@@ -788,6 +788,14 @@ def test_the_command_fails_with_one_line(case, saved, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_command_does_not_calibrate_over_the_adapter(saved, capsys):
+    before = (saved / "adapter" / "adapter_model.safetensors").read_bytes()
+    command = ["fold", str(saved / "adapter"), "--out", str(saved / "adapter"), "--calibrate", str(saved / "data")]
+    assert main([*command, "--overwrite"]) == 1
+    assert "holds the adapter that this is made of" in capsys.readouterr().err
+    assert (saved / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
 def test_the_command_refuses_stock_adapters_before_any_work(saved, tmp_path, capsys):
     get_peft_model(make_model("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
     command = ["fold", str(tmp_path / "lora"), "--out", str(tmp_path / "out"), "--calibrate", str(saved / "data")]

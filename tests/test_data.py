@@ -1,5 +1,6 @@
 """Reading the row shapes, tokenizing them, and mixing tasks."""
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -222,7 +223,9 @@ def test_csv_files_of_a_folder_have_the_same_columns(tmp_path):
             ValueError, match=r"train.csv has the columns \['task', 'instruction', 'output'\], and .*dev"
         ):
             read_examples(str(tmp_path), split="dev")
-    (tmp_path / "dev.csv").write_text("output,task,instruction\nx,a,Do it.\n")  # the order is free
+    (tmp_path / "dev.csv").write_text(
+        "output,id,task,instruction\nx,7,a,Do it.\n"
+    )  # in any order, and what no row needs
     assert read_examples(str(tmp_path), split="dev")[0]["messages"][0]["content"] == "Do it."
 
 
@@ -231,6 +234,22 @@ def test_dates_within_messages_and_lists_stay_as_they_are_written(tmp_path):
     rows = [{"task": ["2020-01-01", "2021-01-01"], "messages": dates}] * 2
     examples = read_examples(write_rows(tmp_path, rows))
     assert examples[0] == {"task": ["2020-01-01", "2021-01-01"], "messages": dates}
+
+
+def test_columns_that_no_row_needs_may_be_of_any_kind(tmp_path):
+    extras = [
+        {"meta": {"date": "2020-01-01", "extra": {"x": 1}}, "score": [0.5], "when": [{"at": "2020-01-01", "id": 7}]},
+        {"meta": {"date": "2020-01-02", "extra": {"y": 2}}, "score": [1], "when": [{"at": "2020-01-01", "id": "a"}]},
+    ]
+    rows = [{**ASK, **extra} for extra in extras]
+    assert len(read_examples(write_rows(tmp_path, rows))) == 2
+    packed = tmp_path / "rows.jsonl.gz"
+    with gzip.open(packed, "wt") as file:
+        file.write("".join(json.dumps({**row, "prompt": "2020-01-01"}) + "\n" for row in rows))
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    packed.rename(folder / "train.jsonl.gz")
+    assert read_examples(str(folder))[0]["messages"][0]["content"] == "2020-01-01"
 
 
 def test_task_info_is_found_beside_a_file_and_may_be_absent(tmp_path):

@@ -246,7 +246,7 @@ def test_what_is_missing_is_said(made):
     assert rows["base model"][1:] == ["1", *"––––", "1.5", "5.0"]
     assert "LoRA, active rank of MoLoRA (3)" in rows_of(text, "state")["main, instruction, final"][-1]
     knowledge = rows_of(text, "general")
-    assert knowledge["Med-MoE-LoRA, no base expert"][:2] == ["0", "not run yet"]
+    assert knowledge["Med-MoE-LoRA, no base expert"][:2] == ["0 of 3", "not run yet"]
     assert knowledge["MOELoRA"][0] == "3"
     beside = {each["name"]: each["found"] for each in results["general_beside"] if each["name"] != "at_moe"}
     assert beside.pop("medmoelora") is None  # the last of its two, without its base expert

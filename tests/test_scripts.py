@@ -138,7 +138,7 @@ def test_scores_of_an_earlier_run_are_not_beside_those_of_the_next(recipe, tmp_p
 
 def test_an_option_that_is_a_flag_too_is_given_once(recipe):
     for options in ('{"target_modules": ["q_proj"]}', '{"tasks": ["a"]}', '{"r": 8}'):
-        with pytest.raises(ValueError, match="--adapter_options has .*, which is given apart; give it once, as a flag"):
+        with pytest.raises(ValueError, match="--adapter_options has .*, which flags or the method give; leave it out"):
             main([str(recipe), "--adapter_options", options])
 
 

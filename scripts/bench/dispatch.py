@@ -104,11 +104,9 @@ def make_steps(
 
     spread, gate = torch.eye(num_experts).repeat_interleave(r, dim=1), nn.Parameter(torch.randn(num_experts, n))
 
-    def route(scores_of_gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def route(gated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         drawn = torch.randn(tokens, num_experts) + torch.linspace(0, skew, num_experts)
-        scores, experts = (0 * scores_of_gate + drawn).topk(
-            k
-        )  # another choice in each step, and a gradient for the gate
+        scores, experts = (0 * gated + drawn).topk(k)  # another choice in each step, and a gradient for the gate
         return scores.softmax(-1), experts
 
     def step(forward: Callable[[], torch.Tensor]) -> None:

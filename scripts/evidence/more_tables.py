@@ -34,15 +34,15 @@ def general(found: Results) -> str:
     sources = list(first["perplexity"]) if first else []
     rows = []
     for name, each in wanted.items():
+        seeds = {"runs": each["seeds"] if each else 0, "planned": found["scores"]["instruction"][name]["planned"]}
         if each is None:
-            rows.append([found["labels"][name], "0", NOT_RUN, *[NONE] * (len(sources) + 1)])
+            rows.append([found["labels"][name], of_runs(seeds), NOT_RUN, *[NONE] * (len(sources) + 1)])
             continue
         texts = [perplexity(each["perplexity"][source], each["seeds"]) for source in sources]
         choice = each["choice"]["mean"]
         ends = f" ({choice['lowest']:.3f} to {choice['highest']:.3f})" if each["seeds"] > 1 else ""
         change = NONE if name == "base" or choice["difference"] is None else difference(of_choice(choice))
-        seeds = of_runs({"runs": each["seeds"], "planned": found["scores"]["instruction"][name]["planned"]})
-        rows.append([found["labels"][name], seeds, *texts, f"{choice['value']:.3f}{ends}", change])
+        rows.append([found["labels"][name], of_runs(seeds), *texts, f"{choice['value']:.3f}{ends}", change])
     head = [
         "system",
         "seeds",

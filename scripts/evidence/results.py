@@ -289,13 +289,20 @@ def sampling(records: Records, study: Study | None) -> list[Numbers]:
 
 def at_equal_gates(study: Study | None) -> Numbers:
     """Methods with equal gates: their scores, and the difference from the gates that they have."""
-    names = [name for name in study.systems if AT_EQUAL_GATES.format(name) in study.systems] if study else []
-    found = {}
-    for name in names if study else ():
-        equal = AT_EQUAL_GATES.format(name)
-        difference = study.compare(equal, name, shared=True)["mean"].difference
-        found[name] = {"score": asdict(study.estimate(equal)["mean"]), "difference": asdict(difference)}
-    return found
+    if study is None:
+        return {}
+    equal = {
+        name: AT_EQUAL_GATES.format(name) for name in study.systems if AT_EQUAL_GATES.format(name) in study.systems
+    }
+    # with their own gates they are the same adapters, whose seeds would count twice
+    alone = Study({name: study.systems[name] for name in equal.values()}, draws=study.draws)
+    return {
+        name: {
+            "score": asdict(alone.estimate(other)["mean"]),
+            "difference": asdict(study.compare(other, name, shared=True)["mean"].difference),
+        }
+        for name, other in equal.items()
+    }
 
 
 def composite(records: Records, draws: int) -> Numbers:

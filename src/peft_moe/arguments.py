@@ -77,7 +77,7 @@ def _or_null(read: Any) -> Callable[[str], Any]:
     return read_or_null
 
 
-def _flags(parser: HfArgumentParser, path: str) -> list[str]:
+def _flags(parser: _Parser, path: str) -> list[str]:
     """The file's entries as flags, so that argparse checks them too; what no flag can say becomes a default."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -91,6 +91,8 @@ def _flags(parser: HfArgumentParser, path: str) -> list[str]:
     for name, value in entries.items():
         if name not in actions:
             parser.error(_unknown(parser, str(name), f"in {path}"))
+        if value in ("null", ["null"]) and name in parser.may_be_none:
+            parser.error(f"{path} has the text {value!r} for {name}, which means nothing; write null, or another name.")
         if isinstance(value, bool):
             value = _word(value, list(actions[name].choices or ()))
         if isinstance(value, list) and actions[name].nargs == "+":

@@ -156,7 +156,7 @@ def _composed(recipe: Path, base_model: str | None, out: Path) -> PeftModel:
     if unknown := sorted(fields.keys() - {f.name for f in dataclasses.fields(GroupedMoeConfig)}):
         raise ValueError(f"{recipe} has {unknown}, which are no fields of GroupedMoeConfig.")
     config, experts = _read_all(groups, general, fields)
-    check_not_over(out, [Path(e.origin["source"], e.origin.get("subfolder") or "").expanduser() for e in experts])
+    check_not_over(out, [Path(e.origin["source"], e.origin.get("subfolder") or "") for e in experts])
     base = base_model or named or next((e.base_model for e in experts if e.base_model), None)
     if base is None:
         raise ValueError(

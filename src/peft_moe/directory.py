@@ -36,7 +36,7 @@ def check_free(out_dir: Path, *, overwrite: bool, names: Sequence[str] = FILES) 
 def check_not_over(out_dir: Path, sources: Iterable[Path]) -> None:
     """Raise a ValueError if what is made of adapters would be written over one of them, whether or not that may be."""
     for source in sources:
-        if source.is_dir() and source.resolve() == out_dir.resolve():
+        if source.is_dir() and out_dir.is_dir() and source.samefile(out_dir):
             raise ValueError(f"{out_dir} holds the adapter that this is made of; choose another directory.")
 
 

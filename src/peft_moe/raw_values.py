@@ -12,11 +12,15 @@ if TYPE_CHECKING:
     from datasets.packaged_modules.json.json import JsonConfig
 
 
+TIMES = ("timestamp", "date", "time", "duration")
+OF_ROWS = {"messages", "prompt", "completion", "instruction", "input", "output"}  # columns that make a row
+
+
 def as_texts(config: CsvConfig) -> dict[str, Any]:
     """Options of a CSV reader that leave every value a text, also "NA" and "007".
 
     Raises:
-        ValueError: files with different columns, of which the reader would take those of the first.
+        ValueError: a file lacks columns of the first, or has others that make rows, which would be lost.
     """
     import pandas as pd
     from datasets import Features, Value
@@ -26,7 +30,7 @@ def as_texts(config: CsvConfig) -> dict[str, Any]:
     columns = list(pd.read_csv(first, **{**options, "nrows": 0}).columns)
     for file in others:
         found = list(pd.read_csv(file, **{**options, "nrows": 0}).columns)
-        if set(found) != set(columns):
+        if set(columns) - set(found) or (set(found) - set(columns)) & OF_ROWS:
             raise ValueError(
                 f"{first} has the columns {columns}, and {file} {found}; give all files of a folder the same ones, "
                 "empty where there is nothing to say."
@@ -37,26 +41,31 @@ def as_texts(config: CsvConfig) -> dict[str, Any]:
 def with_raw_values(splits: DatasetDict, config: JsonConfig) -> DatasetDict:
     """JSON rows whose columns of times, and of whole numbers among others, are what the files have, as texts."""
     for split, rows in splits.items():
-        changed = [name for name, feature in rows.features.items() if any(map(_is_made, _types(feature)))]
+        changed = [name for name, feature in rows.features.items() if _may_be_made(feature)]
         if changed:
             splits[split] = _put_back(rows, changed, [str(file) for file in config.data_files[split]])
     return splits
 
 
-def _types(feature: Any) -> Iterator[str]:
-    """The types of the values in a column, also of those in lists and mappings."""
+def _leaves(feature: Any) -> Iterator[Any]:
+    """The features of single values in a column, also of those in lists and mappings."""
     if isinstance(feature, dict):
         for part in feature.values():
-            yield from _types(part)
+            yield from _leaves(part)
     elif hasattr(feature, "feature"):
-        yield from _types(feature.feature)
+        yield from _leaves(feature.feature)
     else:
-        yield getattr(feature, "dtype", "")
+        yield feature
 
 
-def _is_made(dtype: str) -> bool:
-    """Whether values of this type may have been texts, or whole numbers."""
-    return dtype.startswith(("timestamp", "date", "time", "duration", "float"))
+def _may_be_made(feature: Any) -> bool:
+    """Whether a column may have been texts, or whole numbers; within lists and mappings, texts alone."""
+    from datasets import Value
+
+    leaves = list(_leaves(feature))
+    if leaves == [feature]:
+        return isinstance(feature, Value) and feature.dtype.startswith((*TIMES, "float"))
+    return all(isinstance(leaf, Value) for leaf in leaves) and any(leaf.dtype.startswith(TIMES) for leaf in leaves)
 
 
 def _put_back(rows: Dataset, columns: list[str], files: list[str]) -> Dataset:
@@ -68,25 +77,11 @@ def _put_back(rows: Dataset, columns: list[str], files: list[str]) -> Dataset:
         )
     for name in columns:
         feature, values = rows.features[name], [row.get(name) for row in raw]
-        if all(isinstance(value, float) for whole in values for value in _made(whole, feature)):
+        if all(value is None or isinstance(value, float) for value in values):
             continue  # numbers with a point, as they were
         texts = [_as_text(value, feature) for value in values]
         rows = rows.remove_columns(name).add_column(name, texts, feature=_of_texts(feature))
     return rows
-
-
-def _made(value: Any, feature: Any) -> Iterator[Any]:
-    """The values in a file's value that a reader has made something else of."""
-    if value is None:
-        return
-    if isinstance(feature, dict):
-        for name, part in feature.items():
-            yield from _made(value.get(name), part)
-    elif hasattr(feature, "feature"):
-        for each in value:
-            yield from _made(each, feature.feature)
-    elif _is_made(feature.dtype):
-        yield value
 
 
 def _as_text(value: Any, feature: Any) -> Any:
@@ -97,7 +92,7 @@ def _as_text(value: Any, feature: Any) -> Any:
         return {name: _as_text(value.get(name), part) for name, part in feature.items()}
     if hasattr(feature, "feature"):
         return [_as_text(each, feature.feature) for each in value]
-    return json.dumps(value) if _is_made(feature.dtype) and not isinstance(value, str) else value
+    return value if isinstance(value, str) or _of_texts(feature).dtype != "string" else json.dumps(value)
 
 
 def _of_texts(feature: Any) -> Any:
@@ -108,14 +103,14 @@ def _of_texts(feature: Any) -> Any:
         return {name: _of_texts(part) for name, part in feature.items()}
     if hasattr(feature, "feature"):
         return type(feature)(_of_texts(feature.feature))
-    return Value("string") if _is_made(feature.dtype) else feature
+    return Value("string") if feature.dtype.startswith((*TIMES, "float")) else feature
 
 
 def _read(file: str) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines, or of a list of objects."""
     import fsspec
 
-    with fsspec.open(file, "rt", encoding="utf-8-sig") as opened:
+    with fsspec.open(file, "rt", encoding="utf-8-sig", compression="infer") as opened:
         text = opened.read()
     if text.lstrip().startswith("["):
         found = json.loads(text)

@@ -52,12 +52,13 @@ def _mapping(text: str) -> dict[str, Any]:
 def run(arguments: argparse.Namespace) -> None:
     """Write an adapter as a stock LoRA: for a task, with fixed weights, or as what comes closest to it over data."""
     from .. import GroupedMoeConfig, MoeConfig
-    from ..directory import check_free, read_config
+    from ..directory import check_free, check_not_over, read_config
     from ..fold import fold
     from .loading import hub_of
 
     hub = hub_of(arguments)
     config = read_config(arguments.adapter, **hub)
+    check_not_over(arguments.out, [Path(arguments.adapter)])
     if arguments.calibrate:
         model = _calibrated(arguments, config, hub)
         fold(model, arguments.out, overwrite=arguments.overwrite)
@@ -81,6 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"Tasks {names} do not make distinct directory names; fold them one by one with --task.")
         for out in outs.values():
             check_free(out, overwrite=arguments.overwrite)  # all before the first is written
+            check_not_over(out, [Path(arguments.adapter)])
     else:
         outs = {arguments.task: arguments.out}
     for task, out in outs.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -98,7 +99,7 @@ def check_source(name: str, source: Any) -> Any:
             raise ValueError(
                 f"{name} has {key}={value!r} in its source, which is a {type(value).__name__}; give a text."
             )
-    return {**entries, "source": str(entries["source"])}
+    return {**entries, "source": os.path.expanduser(entries["source"])}
 
 
 def read_expert(source: Any, *, name: str = "expert") -> Expert:
@@ -277,8 +278,8 @@ def _of_task(config: Mapping[str, Any], state_dict: dict[str, torch.Tensor], tas
 def _find(name: str, entries: Mapping[str, Any], where: str) -> Path:
     """The path of a file of an adapter, in a folder or from the Hub."""
     source, subfolder = entries["source"], entries.get("subfolder")
-    folder = Path(source, subfolder or "").expanduser()
-    if Path(source).expanduser().exists() or source.startswith((".", "/", "~")):
+    folder = Path(source, subfolder or "")
+    if Path(source).exists() or source.startswith((".", "/", "~")):
         if (folder / name).is_file():
             return folder / name
         pickles = [p for p in PICKLES if (folder / p).exists()]
