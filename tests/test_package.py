@@ -130,7 +130,7 @@ ORDER = [
     {"watch"},
     {"calibrate", "card_methods", "directory", "outline", "resume"},
     {"compose", "fold", "fold_card", "hotswap", "matched"},
-    {"metrics", "reading", "arguments", "data"},
+    {"metrics", "reading", "arguments", "data", "output"},
     {"report"},
     {"answers", "callbacks", "evaluation", "rollouts", "training", "card"},
     {"routing_evaluated"},

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .card_methods import hub_id, method_of, table
 from .config import MoeConfig
-from .directory import last_part
+from .grouped.fit import last_part
 from .moelora import MoeLoraConfig
 
 if TYPE_CHECKING:

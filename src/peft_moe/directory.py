@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +13,6 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 FILES = (SAFETENSORS_WEIGHTS_NAME, "README.md", CONFIG_NAME)
-
-
-def last_part(name: str) -> str:
-    """The last part of a folder's path, as any system writes it, or of a Hub id."""
-    return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
 def check_free(out_dir: Path, *, overwrite: bool, names: Sequence[str] = FILES) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..directory import last_part
 from .sources import Expert
+
+
+def last_part(name: str) -> str:
+    """The last part of a folder's path, as any system writes it, or of a Hub id."""
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
 def check_expert(name: str, expert: Expert, modules: Mapping[str, nn.Module], base_model: str | None) -> None:

@@ -15,7 +15,6 @@ from peft import PeftModel
 
 from ..config import MoeConfig, PeftMoeType
 from ..data import task_key
-from ..evaluation import metrics_of
 from ..grouped.config import GroupedMoeConfig
 from ..grouped.model import GroupedMoeModel
 from ..layer import MoeLinear
@@ -164,7 +163,7 @@ def rate_rows(examples: Dataset, info: Mapping[str, TaskInfo]) -> Rate:
         info: the tasks' metrics, as for `evaluation.score`.
     """
     keys, references = [task_key(task) for task in examples["task"]], [m[-1]["content"] for m in examples["messages"]]
-    names = metrics_of(examples, info)
+    names = {key: info[key].metric if key in info else "exact_match" for key in keys}
     metrics = {name: load_metric(name) for name in names.values()}
 
     def rate(row: int, answer: str) -> float:
