@@ -258,11 +258,7 @@ def main(argv: list[str]) -> None:
         (ModelArguments, DataArguments, AdapterArguments, TrainingArguments), argv
     )
     set_seed(args.seed)
-    if args.eval_strategy != "no" and not data_args.eval_split:
-        raise ValueError(
-            f"--eval_strategy {args.eval_strategy.value} scores a split, and none is named; give --eval_split, or "
-            "--eval_strategy no --load_best_model_at_end false."
-        )
+    check_evaluation(args, data_args)
     with args.main_process_first(desc="reading the data"):
         info = read_task_info(data_args.dataset, revision=data_args.dataset_revision)
         splits = (data_args.train_split, data_args.eval_split, data_args.test_split)
@@ -309,6 +305,15 @@ def main(argv: list[str]) -> None:
     if trainer.is_world_process_zero():
         print(table({trained: results}) if results else "No eval_split or test_split to score.")
         print(f"The adapter, its card and all_results.json are in {args.output_dir}.")
+
+
+def check_evaluation(args: TrainingArguments, data_args: DataArguments) -> None:
+    """Raise a ValueError if there is to be evaluation and nothing to evaluate on."""
+    if args.eval_strategy != "no" and not data_args.eval_split:
+        raise ValueError(
+            f"--eval_strategy {args.eval_strategy.value} scores a split, and none is named; give --eval_split, or "
+            "--eval_strategy no --load_best_model_at_end false."
+        )
 
 
 def show_routing(trainer: Trainer, adapter_args: AdapterArguments) -> None:
