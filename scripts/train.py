@@ -42,7 +42,7 @@ from peft_moe.answers import with_answer_logits
 from peft_moe.arguments import parse_arguments
 from peft_moe.callbacks import BalanceScale, RoutingCallback
 from peft_moe.card import model_card, tags_of
-from peft_moe.data import TaskInfo, encode, mix, read_examples, read_task_info, take_per_task
+from peft_moe.data import TaskInfo, encode, mix, read_examples, read_task_info, take_per_task, with_tasks
 from peft_moe.dtypes import resolve_dtype
 from peft_moe.evaluation import metrics_of, table
 from peft_moe.matched import match_lora
@@ -81,7 +81,10 @@ class DataArguments:
     )
     eval_split: str | None = field(default=None, metadata={"help": "Split for evaluation during training."})
     test_split: str | None = field(default=None, metadata={"help": "Split to score at the end instead of eval_split."})
-    task_column: str = field(default="task", metadata={"help": "Column with the name of the row's task."})
+    task_column: str = field(
+        default="task",
+        metadata={"help": "Column with the name of the row's task. Without it all rows have one, except for moelora."},
+    )
     protocol: Literal["instruction", "bare"] = field(
         default="instruction", metadata={"help": "bare: without the instruction, so that only the id tells the task."}
     )
@@ -262,7 +265,8 @@ def main(argv: list[str]) -> None:
     with args.main_process_first(desc="reading the data"):
         info = read_task_info(data_args.dataset, revision=data_args.dataset_revision)
         splits = (data_args.train_split, data_args.eval_split, data_args.test_split)
-        examples = {split: read_split(data_args, split, args.seed) for split in splits if split}
+        needed = adapter_args.method == "moelora"
+        examples = {split: read_split(data_args, split, args.seed, task_needed=needed) for split in splits if split}
     split = data_args.test_split or data_args.eval_split
     for part in {part for part in (data_args.eval_split, split) if part}:
         metrics_of(examples[part], info)  # what cannot be scored is found out before training
@@ -338,15 +342,22 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     return None if wanted == "false" else resume
 
 
-def read_split(data_args: DataArguments, split: str, seed: int) -> Dataset:
-    """One split of the data, of the tasks to train on; of the split to train on, the rows that the arguments choose."""
+def read_split(data_args: DataArguments, split: str, seed: int, *, task_needed: bool) -> Dataset:
+    """One split of the data, of the tasks to train on; of the split to train on, the rows that the arguments choose.
+
+    Where tasks are not needed and no flag is about them, rows may have none.
+    """
+    task_needed |= data_args.task_column != "task" or data_args.train_tasks is not None
     try:
-        examples = read_examples(
-            data_args.dataset,
-            split=split,
-            task_column=data_args.task_column,
-            protocol=data_args.protocol,
-            revision=data_args.dataset_revision,
+        examples = with_tasks(
+            read_examples(
+                data_args.dataset,
+                split=split,
+                task_column=data_args.task_column,
+                task_needed=task_needed,
+                protocol=data_args.protocol,
+                revision=data_args.dataset_revision,
+            )
         )
     except MissingSplitError as error:
         flag = next(name for name in ("train_split", "eval_split", "test_split") if getattr(data_args, name) == split)

@@ -111,7 +111,7 @@ def check_python(words: list[str]) -> None:
         _check_files([word.partition("::")[0] for word in rest[1:] if word.endswith(".py") or "::" in word])
     else:
         _check_files([first])
-        if "argument" in Path(first).read_text(encoding="utf-8"):
+        if "argument" in Path(first).read_text(encoding="utf-8").casefold():
             sys.path.insert(0, str((ROOT / first).parent))
             read_arguments(first, rest, lambda: runpy.run_path(first, run_name="__main__"))
         elif rest:

@@ -763,10 +763,16 @@ def test_the_command_needs_no_column_of_tasks(saved, tmp_path):
     command = ["fold", str(saved / "adapter"), "--out", str(out), "--calibrate", str(tmp_path / "rows.jsonl")]
     assert main(command) == 0
     assert (out / "adapter_config.json").exists()
+    bare = [{"input": row["input"], "output": row["output"]} for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bare))
+    assert main([*command, "--overwrite"]) == 1
+    assert main([*command, "--overwrite", "--protocol", "bare"]) == 0
 
 
 OPTIONS = {
     "rank without data": (["--rank", "3"], "--rank is for --calibrate DATA, which is not given"),
+    "protocol without data": (["--protocol", "bare"], "--protocol is for --calibrate DATA, which is not given"),
+    "type without data": (["--dtype", "float32"], "--dtype is for --calibrate DATA, which is not given"),
     "no rows": (["--calibrate", "DATA", "--rows", "0"], "--rows=0 is no count; give a whole number from 1 up"),
     "rank 0": (["--calibrate", "DATA", "--rank", "0"], "--rank=0 is no count"),
     "one row": (["--calibrate", "DATA", "--rows", "1"], "held_out is empty; give a second batch"),

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from peft_moe import MoeLoraConfig, MoLoraConfig
 from peft_moe.cli import main
+from peft_moe.cli.loading import Source
 from peft_moe.cli.report import report_directory, show
+from peft_moe.report.adapter import read_moe_config
 from peft_moe.report.results import Routing
 
 TARGETS = ["q_proj", "down_proj"]
@@ -207,7 +209,37 @@ def test_rows_need_no_task_where_the_adapter_needs_none(base, tmp_path, capsys):
     capsys.readouterr()
     small = ["--data", str(tmp_path / "rows.jsonl"), "--max-new-tokens", "1", "--json"]
     assert main(["check", "uniform", adapter, *small]) == 0
-    assert list(json.loads(capsys.readouterr().out)["as_it_is"]) == ["all rows", "mean"]
+    assert list(json.loads(capsys.readouterr().out)["as_it_is"]) == ["all", "mean"]
+
+
+def test_rows_are_asked_as_in_training(base, tmp_path, capsys):
+    adapter = save(base, tmp_path / "molora", MoLoraConfig, r=2, num_experts=3)
+    lines = [{"instruction": "Name the leaf", "input": word, "output": "broad"} for word in ("ash", "fir")]
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    tokens = {}
+    for protocol in ("instruction", "bare"):
+        asked = ["--protocol", protocol, "--data", str(file)]
+        assert main(["report", adapter, *asked, "--out", str(out), "--no-pictures", "--overwrite"]) == 0
+        tokens[protocol] = Routing.read(out / "routing.json").tokens
+    longer = tokens["instruction"] - tokens["bare"]
+    instruction = make_tokenizer()("Name the leaf\n", add_special_tokens=False)["input_ids"]
+    assert longer == 2 * len(instruction)
+    file.write_text('{"input": "ash", "output": "broad"}\n', encoding="utf-8")
+    bare = ["check", "uniform", adapter, "--data", str(file), "--max-new-tokens", "1"]
+    capsys.readouterr()
+    assert main(bare) == 1
+    assert "on the command line --protocol bare." in capsys.readouterr().err
+    assert main([*bare, "--protocol", "bare"]) == 0
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float16), ("bfloat16", torch.bfloat16)])
+def test_the_type_of_the_base_weights_can_be_chosen(dtype, expected, tmp_path):
+    make_model("llama").to(torch.float16).save_pretrained(tmp_path / "base")
+    adapter = save(tmp_path / "base", tmp_path / "molora", MoLoraConfig, r=2, num_experts=3)
+    config = read_moe_config(adapter)
+    model = Source(adapter, config, base_model=None, dtype=dtype, hub={}).model()
+    assert model.get_base_model().lm_head.weight.dtype == expected
 
 
 def test_folders_without_an_adapter_are_told_apart(adapter, data, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -236,6 +237,30 @@ def test_token_routed_methods_are_trained_scored_resumed_and_their_routing_logge
     main([str(recipe), "--output_dir", str(again), "--resume_from_checkpoint", str(out / "checkpoint-2")])
     assert equal(again, out)
     assert not equal(again, out / "checkpoint-2")
+
+
+def test_rows_need_no_task_where_the_method_needs_none(recipe, data, tmp_path, capsys):
+    rows = tmp_path / "rows"
+    shutil.copytree(data, rows)
+    for file in rows.glob("*.jsonl"):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        texts = [{"prompt": line["input"], "completion": line["output"]} for line in lines]
+        file.write_text("".join(json.dumps(line) + "\n" for line in texts))
+    with pytest.raises(ValueError, match="has no column 'task'"):
+        main([str(recipe), "--dataset", str(rows)])  # MOELoRA
+    change_method(recipe, "molora")
+    with pytest.raises(ValueError, match="has no column 'kind'"):
+        main([str(recipe), "--dataset", str(rows), "--task_column", "kind"])
+    main([str(recipe), "--dataset", str(rows), "--eval_strategy", "steps", "--eval_steps", "4"])
+    out = tmp_path / "out"
+    scores = json.loads((out / "all_results.json").read_text())["test"]
+    assert scores.keys() == {"all", "mean"}
+    evaluate = runpy.run_path(str(ROOT / "scripts" / "evaluate.py"))["main"]
+    again = ["--adapter", str(out), "--data", str(rows), "--max_new_tokens", "2"]
+    evaluate([*again, "--output", str(tmp_path / "scores.json")])
+    assert json.loads((tmp_path / "scores.json").read_text())["results"] == scores
+    with pytest.raises(ValueError, match="has no column 'kind'"):
+        evaluate([*again, "--task_column", "kind"])
 
 
 @pytest.mark.parametrize("method", ["molora", "medmoelora"])

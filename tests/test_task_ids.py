@@ -20,7 +20,8 @@ from transformers import XLNetConfig, XLNetLMHeadModel
 
 from peft_moe import MoeLoraConfig
 from peft_moe.checkpointing import Recomputation
-from peft_moe.layer import IN_BASE_EXPERTS
+from peft_moe.layer import IN_BASE_EXPERTS, MoeLinear
+from peft_moe.routing import TaskGate
 
 IDS = [2, 0, 1]
 NAMED = ["def", "icd", "rad"]
@@ -81,6 +82,36 @@ def test_a_row_can_have_several_tasks():
     several = logits(model, inputs, task_ids=[["icd", "def"], ["rad"], [1]])
     gate.embedding.weight.data[0] = mean
     torch.testing.assert_close(several, logits(model, inputs, task_ids=["icd", "rad", "rad"]))
+
+
+@pytest.mark.parametrize("scope", ["model", "layer"])
+def test_the_weights_of_tasks_are_the_softmax_of_the_gate_and_what_calls_use(scope):
+    model = routed("llama", gate_scope=scope, num_experts_pattern={"q_proj": 1})
+    found, inputs = model.task_weights(), make_inputs("llama", labels=False)
+    layers = {name: layer for name, layer in model.base_model.model.named_modules() if isinstance(layer, MoeLinear)}
+    assert list(found) == [name for name, layer in layers.items() if layer.router_of("default") is not None]
+    assert len(found) < len(layers)
+    for name, weights in found.items():
+        gate = layers[name].router_of("default").gate
+        for task, of_task in enumerate(weights):
+            scores = (gate.proj.weight @ gate.embedding.weight[task]).exp()
+            torch.testing.assert_close(of_task, scores / scores.sum())
+    expected = logits(model, inputs, task_ids=1)
+    for name, weights in found.items():
+        bank = layers[name].bank("default")
+        bank.lora_B.weight.data *= weights[1].repeat_interleave(torch.tensor(bank.ranks)) * len(weights[1])
+    model.base_model.moelora_router.apply(flatten)
+    for layer in layers.values():
+        layer.apply(flatten)
+    torch.testing.assert_close(logits(model, inputs, task_ids=1), expected)
+    with pytest.raises(ValueError, match="no adapter 'other'"):
+        model.task_weights("other")
+
+
+def flatten(module):
+    """Make the scores of a gate equal."""
+    if isinstance(module, TaskGate):
+        torch.nn.init.zeros_(module.proj.weight)
 
 
 # what a call without ids does

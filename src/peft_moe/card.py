@@ -168,7 +168,7 @@ def _loading(model: peft.PeftModel, name: str) -> str:
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name, ensure_ascii=False)})",
         *([choose.format(json.dumps(config.task_names[0], ensure_ascii=False))] if method_of(config).by_task else []),
     ]
-    install = "`pip install peft_moe`, then:\n\n" if ours else ""
+    install = "With peft_moe installed, from its repository:\n\n" if ours else ""
     local = "" if hub_id(base) else f"\n\nThe base model is a local folder, `{base}`, and must be there to load."
     return f"## Use\n\n{install}```python\n" + "\n".join(lines) + f"\n```{local}"
 

@@ -27,6 +27,7 @@ __all__ = [
     "take_per_task",
     "task_key",
     "tokenize",
+    "with_tasks",
 ]
 
 Strategy = Literal["proportional", "uniform", "temperature"]
@@ -36,6 +37,13 @@ ANSWER = "\ufffc"  # stands for an answer, to find out what a template writes ar
 def task_key(task: str | Sequence[str]) -> str:
     """One name for the task or tasks of a row: `"icd"`, `"icd+rad"`."""
     return task if isinstance(task, str) else "+".join(task)
+
+
+def with_tasks(examples: Dataset) -> Dataset:
+    """Rows of `read_examples` with a task each: if they have none, that is `"all"`, as which they are scored."""
+    if any(examples["task"]):
+        return examples
+    return examples.remove_columns("task").add_column("task", ["all"] * len(examples))
 
 
 def take_per_task(examples: Dataset, limit: int) -> Dataset:

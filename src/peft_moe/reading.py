@@ -143,7 +143,7 @@ def read_examples(
     if not named and task_needed:
         raise ValueError(
             f"{source} has no column {task_column!r}, only {rows.column_names}; name the column that holds each row's "
-            "task with task_column=..."
+            "task with task_column=..., on the command line --task-column."
         )
     info = read_task_info(source, revision=revision)
     several = named and any(isinstance(task, list) for task in rows[task_column])
@@ -271,7 +271,7 @@ def _instruction(row: Mapping[str, Any], tasks: list[str], info: Mapping[str, Ta
     if not known:
         raise ValueError(
             f"it has no instruction, nor has a tasks.json for {tasks}; add one, or ask with the input alone: "
-            "protocol='bare'."
+            "protocol='bare', on the command line --protocol bare."
         )
     return "\n".join(known)
 

@@ -40,7 +40,7 @@ from .targets import (
 
 # Methods that only some tuners have, and whose they are.
 METHODS = {
-    **dict.fromkeys(("set_task", "task"), "MOELoRA, which is told tasks"),
+    **dict.fromkeys(("set_task", "task", "task_weights"), "MOELoRA, which is told tasks"),
     **dict.fromkeys(
         ("record_routing", "routing_statistics", "set_balance_scale"), "MoLoRA and Med-MoE-LoRA, which choose by tokens"
     ),

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .loading import Source, add_options, hub_of
+
 
 def add_to(commands: Any) -> None:
     """Add the subcommand to those of `peft-moe`."""
@@ -26,16 +28,17 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--split", help="split of the data; by default test, and for a file the split that it is")
     parser.add_argument("--task-column", help="column with a row's task; by default task, if there is one")
     parser.add_argument("--limit", type=int, help="rows to draw of each task; by default all")
-    parser.add_argument("--base-model", help="base model, in place of the one that the adapter names")
-    parser.add_argument("--batch-size", type=int, default=16, help="rows answered at once")
-    parser.add_argument("--max-new-tokens", type=int, default=48, help="longest answer, in tokens")
+    add_options(parser)
+    parser.add_argument("--batch-size", type=int, default=16, help="rows answered at once (default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=48, help="longest answer, in tokens (default: %(default)s)"
+    )
 
 
 def run_parameters(arguments: argparse.Namespace) -> None:
     """Count the parameters of an adapter beside those of a LoRA of the same total rank on the same layers."""
     from ..report.adapter import describe
     from ..report.verify import parameters
-    from .loading import hub_of
 
     found = parameters(describe(arguments.adapter, strict=False, **hub_of(arguments)))
     if not _printed_as_json(arguments, found):
@@ -64,7 +67,6 @@ def run_uniform(arguments: argparse.Namespace) -> None:
     from ..evaluation import generate_answers, metrics_of, score
     from ..report.adapter import read_moe_config
     from ..report.uniform import ablate, check_can_be_uniform, rate_rows
-    from .loading import Source, hub_of
 
     for option in ("limit", "batch_size", "max_new_tokens"):  # all before the work
         if getattr(arguments, option) is not None:
@@ -75,7 +77,7 @@ def run_uniform(arguments: argparse.Namespace) -> None:
     info = read_task_info(arguments.data)
     split, examples = _rows(arguments, config)
     metrics_of(examples, info)  # what cannot be scored
-    source = Source(arguments.adapter, config, base_model=arguments.base_model, hub=hub)
+    source = Source(arguments.adapter, config, base_model=arguments.base_model, dtype=arguments.dtype, hub=hub)
     tokenizer = source.tokenizer()
     for messages in examples["messages"]:
         tokenize(messages, tokenizer)  # for its errors
@@ -97,14 +99,20 @@ def run_uniform(arguments: argparse.Namespace) -> None:
 
 def _rows(arguments: argparse.Namespace, config: Any) -> tuple[str | None, Any]:
     """The split, and its rows that are to be answered."""
-    from ..data import check_tasks, read_examples, take_per_task
+    from ..data import check_tasks, read_examples, take_per_task, with_tasks
 
     split = arguments.split or (None if Path(arguments.data).is_file() else "test")
     column = arguments.task_column
     needed = config.needs_tasks or column is not None
-    examples = read_examples(arguments.data, split=split, task_column=column or "task", task_needed=needed)
-    if not any(examples["task"]):
-        examples = examples.remove_columns("task").add_column("task", ["all rows"] * len(examples))
+    examples = with_tasks(
+        read_examples(
+            arguments.data,
+            split=split,
+            task_column=column or "task",
+            task_needed=needed,
+            protocol=arguments.protocol,
+        )
+    )
     if arguments.limit is not None:
         examples = take_per_task(examples.shuffle(seed=0), arguments.limit)
     if config.needs_tasks:
@@ -114,7 +122,6 @@ def _rows(arguments: argparse.Namespace, config: Any) -> tuple[str | None, Any]:
 
 def _described(arguments: argparse.Namespace) -> dict[str, Any]:
     from ..report.adapter import describe
-    from .loading import hub_of
 
     return describe(arguments.adapter, **hub_of(arguments))
 

@@ -8,6 +8,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from .loading import Source, add_options, hub_of
+
+CALIBRATING = {"base_model": None, "dtype": "auto", "protocol": "instruction", "split": None, "rank": None}
+
 
 def add_to(commands: Any) -> None:
     """Add the subcommand to those of `peft-moe`."""
@@ -32,12 +36,20 @@ def add_to(commands: Any) -> None:
     fold.add_argument("--out", required=True, type=Path, help="directory to write")
     fold.add_argument("--revision", help="revision of a Hub adapter")
     calibrate = fold.add_argument_group("for --calibrate")
-    calibrate.add_argument("--base-model", help="base model, in place of the one that the adapter names")
-    calibrate.add_argument("--split", help="split of the data; by default train")
-    calibrate.add_argument("--rows", type=int, default=256, help="rows to draw, a fifth of them to measure errors on")
-    calibrate.add_argument("--rank", type=int, help="compress to this rank; by default the adapter's total rank")
-    calibrate.add_argument("--batch-size", type=int, default=8, help="rows run at once")
-    calibrate.add_argument("--max-length", type=int, default=1024, help="tokens of a row")
+    add_options(calibrate)
+    calibrate.add_argument("--split", help="split of the data; by default the only one, or train")
+    calibrate.add_argument(
+        "--rank",
+        type=int,
+        help="compress experts to this rank; by default their total rank. Plain LoRA beside them keeps its own, and "
+        "the largest is that of the LoRA",
+    )
+    for option, number, what in (
+        ("--rows", 256, "rows to draw, a fifth of them to measure errors on"),
+        ("--batch-size", 8, "rows run at once"),
+        ("--max-length", 1024, "longest row, in tokens"),
+    ):
+        calibrate.add_argument(option, type=int, default=number, help=f"{what} (default: %(default)s)")
     fold.add_argument("--overwrite", action="store_true", help="replace adapters that are there already")
     fold.set_defaults(run=run)
 
@@ -54,7 +66,6 @@ def run(arguments: argparse.Namespace) -> None:
     from .. import GroupedMoeConfig, MoeConfig
     from ..directory import check_free, check_not_over, read_config
     from ..fold import fold
-    from .loading import hub_of
 
     hub = hub_of(arguments)
     config = read_config(arguments.adapter, **hub)
@@ -64,8 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
         fold(model, arguments.out, overwrite=arguments.overwrite)
         print(f"calibrated: {arguments.out}")
         return
-    for option in ("base_model", "split", "rank"):
-        if getattr(arguments, option) is not None:
+    for option, unset in CALIBRATING.items():
+        if getattr(arguments, option) != unset:
             raise ValueError(f"--{option.replace('_', '-')} is for --calibrate DATA, which is not given")
     names = config.task_names if isinstance(config, MoeConfig) else []
     if arguments.all_tasks and isinstance(config, GroupedMoeConfig):
@@ -101,16 +112,17 @@ def _calibrated(arguments: argparse.Namespace, config: Any, hub: dict[str, Any])
     from ..data import encode, read_examples
     from ..directory import check_free
     from ..fold import check_config
-    from .loading import Source
 
     check_free(arguments.out, overwrite=arguments.overwrite)  # before the work
     check_config(config, arguments.adapter)
     for option in ("rows", "batch_size", "max_length", "rank"):
         if getattr(arguments, option) is not None:
             check_count(f"--{option.replace('_', '-')}", getattr(arguments, option), "no count")
-    examples = read_examples(arguments.calibrate, split=arguments.split, task_needed=False).shuffle(seed=0)
+    examples = read_examples(
+        arguments.calibrate, split=arguments.split, task_needed=False, protocol=arguments.protocol
+    ).shuffle(seed=0)
     examples = examples.select(range(min(arguments.rows, len(examples))))
-    source = Source(arguments.adapter, config, base_model=arguments.base_model, hub=hub)
+    source = Source(arguments.adapter, config, base_model=arguments.base_model, dtype=arguments.dtype, hub=hub)
     tokenizer = source.tokenizer()
     rows = encode(examples, tokenizer, tasks=None, max_length=arguments.max_length)
     model = source.model()

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .loading import Source, add_options, hub_of
+
 FILES = ("routing.json", "index.html")
 
 
@@ -21,14 +23,17 @@ def add_to(commands: Any) -> None:
     report.add_argument(
         "--out", required=True, type=Path, help="directory to write routing.json, heat maps and index.html into"
     )
-    report.add_argument("--base-model", help="base model, in place of the one that the adapter names")
     report.add_argument("--revision", help="revision of a Hub adapter")
     report.add_argument("--split", help="split of the data; by default the only one, or train")
     report.add_argument("--task-column", help="column with a row's task; by default task, if there is one")
-    report.add_argument("--rows", type=int, default=64, help="rows to draw, as many of each task; at least one")
-    report.add_argument("--batch-size", type=int, default=8, help="rows run at once")
-    report.add_argument("--max-length", type=int, default=1024, help="tokens of a row")
-    report.add_argument("--samples", type=int, default=8, help="rows to show token by token")
+    add_options(report)
+    for option, number, what in (
+        ("--rows", 64, "rows to draw, as many of each task; at least one of each"),
+        ("--batch-size", 8, "rows run at once"),
+        ("--max-length", 1024, "longest row, in tokens"),
+        ("--samples", 8, "rows to show token by token"),
+    ):
+        report.add_argument(option, type=int, default=number, help=f"{what} (default: %(default)s)")
     report.add_argument("--no-pictures", action="store_true", help="no PNG files, which take matplotlib")
     report.add_argument("--overwrite", action="store_true", help="replace a report that is there already")
     report.set_defaults(run=run)
@@ -44,7 +49,6 @@ def run(arguments: argparse.Namespace) -> None:
     from ..report.collect import look_at
     from ..report.page import write_page
     from ..report.rows import Rows
-    from .loading import Source, hub_of
 
     for option, low in {"rows": 1, "batch_size": 1, "max_length": 1, "samples": 0}.items():  # all before the work
         check_count(f"--{option.replace('_', '-')}", getattr(arguments, option), "no count", low=low)
@@ -57,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"{arguments.adapter!r} has one expert in each layer, and no router; there is nothing to report."
         )
     examples = _examples(arguments, config)
-    source = Source(arguments.adapter, config, base_model=arguments.base_model, hub=hub)
+    source = Source(arguments.adapter, config, base_model=arguments.base_model, dtype=arguments.dtype, hub=hub)
     rows = Rows.of(examples, source.tokenizer(), config, max_length=arguments.max_length)
     routing, samples = look_at(source.model(), rows, batch_size=arguments.batch_size, samples=arguments.samples)
     routing = replace(routing, adapter=str(arguments.adapter), base_model=str(source.base))
@@ -117,7 +121,13 @@ def _examples(arguments: argparse.Namespace, config: Any) -> Any:
 
     column = arguments.task_column
     needed = config.needs_tasks or column is not None
-    examples = read_examples(arguments.data, split=arguments.split, task_column=column or "task", task_needed=needed)
+    examples = read_examples(
+        arguments.data,
+        split=arguments.split,
+        task_column=column or "task",
+        task_needed=needed,
+        protocol=arguments.protocol,
+    )
     tasks = set(map(task_key, examples["task"]))
     examples = take_per_task(examples.shuffle(seed=0), max(1, arguments.rows // max(1, len(tasks))))
     if config.needs_tasks:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..folding import StateDict, WeightsAt, filled
-from ..layer import IN_BASE_EXPERTS
+from ..layer import IN_BASE_EXPERTS, MoeLinear
 from ..routing import TaskGate, TaskRouter, softmax
 from ..routing.tasks import Task, encode_choice
 from ..tuner import MoeTuner
@@ -78,6 +78,30 @@ class MoeLoraModel(MoeTuner):
         """
         with self.context.chosen(task, self.active_adapters):
             yield
+
+    @torch.no_grad()
+    def task_weights(self, adapter_name: str | None = None) -> dict[str, torch.Tensor]:
+        """What the gate gives experts for each task: softmax(W_T e_j), MOELoRA, arXiv 2310.18339, section III.
+
+        Args:
+            adapter_name: by default the active one.
+
+        Returns a tensor (T, E) for each routed layer, by its name: a row for each task, in the order of the config's
+        `tasks`, of weights that add up to 1. With `gate_scope="model"` all layers of as many experts have the same.
+
+        Raises:
+            ValueError: no such adapter.
+
+        Example:
+            `next(iter(model.task_weights().values()))`
+        """
+        name = self.active_adapters[0] if adapter_name is None else self.known_adapters([adapter_name])[0]
+        tasks = torch.arange(len(cast(MoeLoraConfig, self.peft_config[name]).task_names))
+        return {
+            key: router.of_tasks(tasks)
+            for key, layer in self.model.named_modules()
+            if isinstance(layer, MoeLinear) and isinstance(router := layer.router_of(name), TaskRouter)
+        }
 
     def merge_adapter(
         self,

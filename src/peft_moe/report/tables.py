@@ -36,7 +36,8 @@ def _show_facts(description: Mapping[str, Any], console: Console) -> None:
     settings = (f"{name}={value}" for name, value in description["settings"].items() if value not in (None, {}, []))
     parts = [f"{counts[part]:,} in {what}" for part, what in (("experts", "experts"), ("routers", "routers"))]
     parts += [f"{counts['other']:,} beside them"] if counts["other"] else []
-    revision = f" (revision {description['base_revision']})" if description["base_revision"] else ""
+    of_base = description["base_revision"]
+    revision = f" (revision {of_base})" if of_base not in (None, "main") else ""
     facts = {
         "adapter": description["adapter"],
         "method": f"{description['method']} ({description['paper']})",
