@@ -1,13 +1,15 @@
 """Records of runs that nobody made: answers that are right with a probability that a test chooses."""
 
 import random
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-from grid import EXPERIMENTS, forecast
+from grid import ABLATIONS, EXPERIMENTS, SYSTEMS, forecast
 from plan import Run
-from setups import ROOT, Setup
+from rows import make_unequal, prepare_composites, sizes
+from setups import ROOT, Setup, full
 from store import plain, write
 from tallies import Sheet, read_test, sheet_of, tally_rows, value
 
@@ -33,8 +35,17 @@ def sheet_for(folder: str, scored: tuple[str, ...]) -> Sheet:
 
 
 def search_scores(setup: Setup) -> dict[str, float]:
-    """Scores on dev for all searches, of which the middle rate is the best."""
-    return {run.id: 0.5 if run.learning_rate == BEST else 0.4 for run in forecast(setup, {}) if run.purpose == "search"}
+    """Scores on dev for all searches, no two alike, of which the middle rate is the best."""
+    searches = [run for run in forecast(setup, {}) if run.purpose == "search"]
+    return {run.id: (0.5 if run.learning_rate == BEST else 0.4) + i / 1000 for i, run in enumerate(searches)}
+
+
+def setup_in(folder: Path) -> Setup:
+    """The page's setup, with the derived rows in a folder of the test."""
+    setup = replace(full(), folder=str(folder))
+    make_unequal(ROOT / setup.data, setup.unequal_data, sizes(setup))
+    prepare_composites(setup)
+    return setup
 
 
 def answers_for(sheet: Sheet, right: float, seed: str) -> list[str]:
@@ -57,22 +68,31 @@ def scores_of(sheet: Sheet, answers: list[str]) -> dict[str, dict]:
 
 
 def general_for(better: float) -> dict:
-    """Perplexity by a factor, and as many more right answers of 100."""
+    """Perplexity by a factor, and as many more right answers of 100; of 40 other questions the first half is right."""
     right = round(100 * (GENERAL["words"] + better))
-    entry = {"acc": right / 100, "acc_norm": 0.5, "n": 100, "chance": 0.25}
+    correct = {"words": [1] * right + [0] * (100 - right), "capitals": [1] * 20 + [0] * 20}
     return {
         "perplexity": {"novels": {"per_token": GENERAL["novels"] * (1 + better)}},
-        "choice": {"words": entry | {"correct": [1] * right + [0] * (100 - right)}},
+        "choice": {name: {"n": len(each), "chance": 0.25, "correct": each} for name, each in correct.items()},
     }
 
 
+def known_by(system: str) -> float:
+    """How much better than the base model a system knows things in general: no two alike."""
+    return 0.0 if system == "base" else -0.02 * (1 + [*SYSTEMS, *ABLATIONS].index(system))
+
+
 def routing_for(setup: Setup, system: str) -> dict:
-    """MOELoRA: one gate, an expert for each task. Others: a gate for each of some blocks, all alike but in the last."""
-    each, alike = np.eye(8).tolist(), np.full((8, 8), 1 / 8).tolist()
-    one = system == "moelora"
+    """MOELoRA: one gate, an expert for each task. Others: a gate for each of some blocks, all alike but in the last.
+
+    Tasks stand in another order than the page's, and gates that are alike have half as many experts.
+    """
+    tasks, one = sorted(setup.tasks), system == "moelora"
+    each = [np.eye(8)[setup.tasks.index(task)].tolist() for task in tasks]
+    alike = [[1 / 4] * 4 + [0.0] * 4] * 8
     names = ["all layers"] if one else [f"model.layers.{block}.mlp.up_proj" for block in range(LAYERS)]
-    layers = [each] if one else [alike] * (LAYERS - 1) + [each]
-    return {"tasks": list(setup.tasks), "experts": 8, "names": names, "counts": [8] * len(names), "layers": layers}
+    layers, counts = ([each], [8]) if one else ([alike] * (LAYERS - 1) + [each], [4] * (LAYERS - 1) + [8])
+    return {"tasks": tasks, "experts": 8, "names": names, "counts": counts, "layers": layers}
 
 
 def record_of(setup: Setup, run: Run, right: float, dev: float = 0.0) -> dict:
@@ -106,11 +126,13 @@ def record_of(setup: Setup, run: Run, right: float, dev: float = 0.0) -> dict:
     if "routing" in run.measure:
         record["routing"] = routing_for(setup, run.system)
     if "general" in run.measure:
-        record["general"] = general_for(0.0 if run.system == "base" else -0.1)
+        record["general"] = general_for(known_by(run.system))
     return record
 
 
-def save(setup: Setup, folder: Path, truth: dict[str, float], *, seeds: dict[str, int] | None = None) -> None:
+def save(
+    setup: Setup, folder: Path, truth: dict[str, float], *, seeds: dict[str, int] | None = None, spread: float = 0.0
+) -> None:
     """Write the records of all searches and of some final runs.
 
     Args:
@@ -118,6 +140,7 @@ def save(setup: Setup, folder: Path, truth: dict[str, float], *, seeds: dict[str
         folder: for the JSON files.
         truth: how probable right answers are, by protocol and system: "bare/moelora".
         seeds: how many of the seeds are there, of the systems where some are missing.
+        spread: how much more probable right answers are with seed 3 than with seed 2, and with seed 2 than with 1.
     """
     dev, left = search_scores(setup), dict(seeds or {})
     for run in forecast(setup, dev):
@@ -126,6 +149,7 @@ def save(setup: Setup, folder: Path, truth: dict[str, float], *, seeds: dict[str
             if key not in truth or left.get(key, 1) <= 0:
                 continue
             left[key] = left.get(key, 99) - 1
-        record = record_of(setup, run, truth.get(key, 0.0), dev.get(run.id, 0.0))
+        right = truth.get(key, 0.0) + (spread * (run.seed - 2) if run.seed else 0.0)
+        record = record_of(setup, run, right, dev.get(run.id, 0.0))
         assert run.experiment in EXPERIMENTS
         write(folder / run.experiment / f"{run.id.replace('/', '_')}.json", record)

@@ -1,13 +1,15 @@
 """The results page from records of known truths: what its tables must say, and that the rest stays as it is."""
 
 import json
+import math
 import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from evidence_records import BEST, record_of, routing_for, save, search_scores
+from evidence_records import BEST, record_of, routing_for, save, search_scores, setup_in
 from families import BESIDE, MATCHED, of_ablations
 from grid import forecast
 from knowledge import routing
@@ -16,7 +18,7 @@ from page import BEGIN, END, NO_PICTURE, filled, write
 from page_pictures import PICTURES
 from records import Finals, Records
 from results import constant
-from rows import make_unequal, prepare_composites, read_rows, sizes
+from rows import read_rows
 from setups import ROOT, full
 from store import write as write_record
 from times import times
@@ -34,14 +36,6 @@ TRUTH = {  # moelora wins, molora ties, medmoelora loses; at_moe wins after one 
     "moelora-without-icd_chronic": 0.7, "lora-r16-sampled-uniform": 0.5, "lora-r16-sampled-proportional": 0.7,
     "moelora-longer": 0.9, "lora-r16-longer": 0.6, "at_moe": 0.8, "lora-like-at_moe-passes": 0.95,
 }  # fmt: skip
-
-
-def setup_in(folder):
-    """The page's setup, with the derived rows in a folder of the test."""
-    setup = replace(full(), folder=str(folder))
-    make_unequal(ROOT / setup.data, setup.unequal_data, sizes(setup))
-    prepare_composites(setup)
-    return setup
 
 
 @pytest.fixture(scope="module")
@@ -314,8 +308,12 @@ def test_gates_are_shown_by_depth(made):
     assert [bits for _, bits in blocks["by_depth"]] == pytest.approx([0] * 5 + [3])
     assert blocks["mutual_information"]["mean"] == pytest.approx(0.5)
     assert blocks["within"] == pytest.approx({"icd": 2 / 6, "rad": 1 / 6, "def": 1 / 6})
-    assert results["routing"]["instruction"]["moelora"]["by_depth"] == [[None, 3]]
-    assert blocks["own"] is None
+    of_moelora, of_molora = (results["routing"]["instruction"][name] for name in ("moelora", "molora"))
+    assert of_moelora["by_depth"] == [[None, 3]]
+    assert of_moelora["bias_bound"] == 0 < of_molora["bias_bound"]  # a gate that reads the task alone has no bias
+    assert (blocks["own"], blocks["ceiling"]) == (None, pytest.approx((5 * 2 + 3) / 6))
+    assert blocks["bias_bound"] == pytest.approx(7 * (5 * 3 + 7) / 6 / (2 * 320 * math.log(2)))
+    assert blocks["clearest"]["weights"] == np.eye(8).tolist()  # the tasks in the order of the page
     of_tasks = routing([{"routing": routing_for(setup, "at_moe")}], groups, 320, of_tasks=True)
     assert of_tasks["own"] == pytest.approx((5 / 8 + 1) / 6)
     assert of_tasks["clearest"]["experts"] == of_tasks["clearest"]["tasks"] == list(setup.tasks)

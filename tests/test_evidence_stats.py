@@ -380,3 +380,32 @@ def test_what_is_not_trained_has_no_seeds_and_one_seed_borrows_the_variance_of_o
     assert (len(against.per_seed), against.covers) == (3, "inputs and seeds")
     alone = Study({"base": systems["base"], "once": replace(systems["once"])}, draws=300)
     assert alone.estimate("once")["mean"].covers == "inputs"
+
+
+def test_degrees_of_freedom_are_satterthwaites():
+    """By hand, of a difference: the variance from inputs, and that from seeds with the noise of answers."""
+    study = Study(Experiment(12).systems([0.3] * 5 + [2.5]), draws=100)
+    used, sheet = study.seeds.used, study.sheet
+    assert study.seeds.unstable["mean"] == ["s5"]
+    assert used["s0"]["1.0"] == used["s1"]["1.0"]
+    for target, other, seeds, rest in (
+        ("mean", "s1", [(used["s0"]["mean"], 2)], len(sheet.inputs) - 3),  # one estimate, which errs in both at once
+        ("mean", "s5", [(used["s0"]["mean"], 1), (used["s5"]["mean"], 1)], len(sheet.inputs) - 3),
+        ("1.0", "s1", [(used["s0"]["1.0"], 2)], len(sheet.tasks["1.0"].inputs) - 1),
+    ):
+        assert all(0 < each.of_seed < each.observed for each, _ in seeds)
+        influence = influences(study.systems["s0"])[target] - influences(study.systems[other])[target]
+        of_inputs = variance_of_inputs(influence.mean(0), sheet.strata)
+        variance = of_inputs + sum(each.of_seed * times / 3 for each, times in seeds)
+        uncertain = of_inputs**2 / rest + sum((each.observed * times / 3) ** 2 / each.degrees for each, times in seeds)
+        found = study.compare("s0", other)[target].difference
+        assert (found.standard_error, found.degrees) == pytest.approx((variance**0.5, variance**2 / uncertain))
+
+
+def test_intervals_are_as_wide_as_inputs_and_seeds_make_them():
+    study = Study(Experiment(13, inputs=400).systems([0.8] * 4), draws=4000)
+    for found in (study.estimate("s0")["mean"], study.compare("s0", "s1")["mean"].difference):
+        half = scipy_stats.t.ppf(0.975, found.degrees) * found.standard_error
+        assert (found.value - found.low, found.high - found.value) == pytest.approx((half, half), rel=0.06)
+    used = study.seeds.used["s0"]["mean"]
+    assert used.of_seed / 3 > 0.8 * study.estimate("s0")["mean"].standard_error ** 2  # without seeds, half as wide

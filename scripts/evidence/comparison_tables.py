@@ -19,6 +19,28 @@ def summary(found: Results) -> str:
     return table(["after", "method", "against", "difference of mean scores", "verdict", "detectable"], rows)
 
 
+def in_short(found: Results) -> str:
+    """What came out of the main comparisons, in a sentence."""
+    told = "; ".join(f"after {part}, {of_counts(found['counts'][f'{part}: mean'])}" for part in (ONE, THREE))
+    return f"The methods, each against the stock LoRA with its parameters, by the mean score: {told}."
+
+
+def of_counts(counted: Mapping[str, int]) -> str:
+    """How many comparisons came out in each way."""
+    made = counted["all"] - counted["missing"]
+    ways = [way for way in VERBS if counted[way] or (made and way != "missing")]
+    told = [f"{counted[way] or 'none'} {VERBS[way][counted[way] > 1]}" for way in ways]
+    return f"of {counted['all']} {' and '.join([', '.join(told[:-1]), told[-1]] if told[1:] else told)}"
+
+
+VERBS = {
+    "win": ("wins", "win"),
+    "tie": ("ties", "tie"),
+    "loss": ("loses", "lose"),
+    "missing": ("is not run yet", "are not run yet"),
+}
+
+
 def within(found: Results, system: str) -> str:
     """What the page calls a system, where it says beside how long it was trained."""
     return named(found, system).removesuffix(f", {ONE}").removesuffix(f", {THREE}")

@@ -2,83 +2,91 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from statistics import mean
 from typing import Any
 
 import numpy as np
-from scipy import stats
 from specialisation import bias_bound, ceiling, normalised, specialisation
+from stats import Study
+from tallies import Sheet, System, sheet_of
 
-General = Mapping[str, Any]
+Record = Mapping[str, Any]
+BASE = "base"
 BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
-def general(records: Sequence[Mapping[str, Any]], base: General | None) -> dict[str, Any] | None:
+def general_study(systems: Mapping[str, Sequence[Record]], draws: int) -> Study | None:
+    """The systems whose general knowledge was measured; None where there are none.
+
+    A question is an input, and a set of questions a task and a stratum, so that "mean" is the mean accuracy over sets.
+    """
+    there = {name: measured(records) for name, records in systems.items() if measured(records)}
+    if not there:
+        return None
+    sets = next(iter(there.values()))[0]["general"]["choice"]
+    names = [name for name, one_set in sets.items() for _ in one_set["correct"]]
+    questions = [f"{name} {index}" for name, one_set in sets.items() for index in range(len(one_set["correct"]))]
+    sheet = sheet_of(names, questions, [""] * len(names), dict.fromkeys(sets, "exact_match"))
+    return Study({name: answered(sheet, records) for name, records in there.items()}, draws=draws)
+
+
+def measured(records: Sequence[Record]) -> list[Record]:
+    """The records that have general knowledge."""
+    return [record for record in records if "general" in record]
+
+
+def answered(sheet: Sheet, records: Sequence[Record]) -> System:
+    """A system's answers to the questions: for each seed and question whether it is right, and 1."""
+    tallies = {}
+    for name, task in sheet.tasks.items():
+        tallies[name] = np.zeros((len(records), len(sheet.inputs), 2))
+        right = np.array([record["general"]["choice"][name]["correct"] for record in records])
+        tallies[name][:, task.inputs] = np.stack([right, np.ones_like(right)], axis=-1)
+    seeds = tuple(record["seed"] or 0 for record in records)
+    return System(sheet, seeds, tallies, trained=any(record["parameters"]["trainable"] for record in records))
+
+
+def general(name: str, records: Sequence[Record], base: Record | None, study: Study | None) -> dict[str, Any] | None:
     """General knowledge of a system, means over seeds, beside the base model's; None where it was not measured.
 
-    `ratio` is a perplexity over the base model's, `difference` an accuracy minus the base model's; `lowest` and
-    `highest` are of single seeds. The interval is of the questions, drawn anew within their sets, and not of seeds.
+    `ratio` is a perplexity over the base model's, `difference` the mean accuracy minus the base model's; `lowest` and
+    `highest` are of single seeds.
     """
-    found = [record["general"] for record in records if "general" in record]
-    if not found:
+    found = [record["general"] for record in measured(records)]
+    if not found or study is None:
         return None
     perplexity = {}
     for source in found[0]["perplexity"]:
         values = [each["perplexity"][source]["per_token"] for each in found]
-        before = base["perplexity"][source]["per_token"] if base else None
+        before = base["general"]["perplexity"][source]["per_token"] if base else None
         perplexity[source] = spread(values) | {"ratio": mean(values) / before if before else None}
-    choice = {name: one_set(name, found, base) for name in found[0]["choice"]}
-    choice["mean"] = of_all_sets(found, base)
+    scores, changes = study.estimate(name), base is not None and name != BASE
+    choice: dict[str, Any] = {
+        one: {"value": scores[one].value, "n": entry["n"], "chance": entry["chance"]}
+        for one, entry in found[0]["choice"].items()
+    }
+    choice["mean"] = spread(scores["mean"].per_seed)
+    choice["mean"] |= {"difference": asdict(study.compare(name, BASE)["mean"].difference) if changes else None}
     return {"seeds": len(found), "perplexity": perplexity, "choice": choice}
 
 
-def one_set(name: str, found: Sequence[General], base: General | None) -> dict[str, Any]:
-    """Accuracy in a set of questions."""
-    first = found[0]["choice"][name]
-    accuracy = spread([each["choice"][name]["acc"] for each in found])
-    before = base["choice"][name]["acc"] if base else None
-    difference = None if before is None else accuracy["value"] - before
-    of_length = mean(each["choice"][name]["acc_norm"] for each in found)
-    return accuracy | {"difference": difference, "acc_norm": of_length, "n": first["n"], "chance": first["chance"]}
-
-
-def of_all_sets(found: Sequence[General], base: General | None) -> dict[str, Any]:
-    """The mean accuracy over sets, and its difference from the base model's with an interval."""
-    sets = list(found[0]["choice"])
-    value = spread([mean(each["choice"][name]["acc"] for name in sets) for each in found])
-    value |= {"n": sum(found[0]["choice"][name]["n"] for name in sets)}
-    return value | (change(found, [base]) if base else {"difference": None, "low": None, "high": None})
-
-
-def change(found: Sequence[General], others: Sequence[General]) -> dict[str, float]:
-    """The mean accuracy over sets minus that of others, means over seeds, with an interval of the questions."""
-    sets = list(found[0]["choice"])
-    changes = [right(found, name) - right(others, name) for name in sets]
-    difference = float(np.mean([each.mean() for each in changes]))
-    error = float(np.sqrt(sum(each.var(ddof=1) / len(each) for each in changes)) / len(sets))
-    reach = float(stats.norm.ppf(0.975)) * error
-    return {"difference": difference, "low": difference - reach, "high": difference + reach}
-
-
-def right(found: Sequence[General], name: str) -> np.ndarray:
-    """The share of seeds that are right, for each question of a set."""
-    return np.mean([each["choice"][name]["correct"] for each in found], axis=0)
-
-
-def beside_other(records: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """General knowledge beside that of another system: ratios of perplexities, and the difference in accuracy.
+def beside_other(
+    names: tuple[str, str], records: Sequence[Record], others: Sequence[Record], study: Study | None
+) -> dict[str, Any] | None:
+    """General knowledge beside that of another system: ratios of perplexities, and the difference in mean accuracy.
 
     None where one of them was not measured.
     """
-    found, beside = ([each["general"] for each in some if "general" in each] for some in (records, others))
-    if not found or not beside:
+    found, beside = ([record["general"] for record in measured(some)] for some in (records, others))
+    if not found or not beside or study is None:
         return None
     ratios = {
         source: mean(each["perplexity"][source]["per_token"] for each in found)
         / mean(each["perplexity"][source]["per_token"] for each in beside)
         for source in found[0]["perplexity"]
     }
-    return {"perplexity": ratios, "choice": change(found, beside)}
+    return {"perplexity": ratios, "choice": asdict(study.compare(*names)["mean"].difference)}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -4,10 +4,22 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
-from cells import NONE, NOT_RUN, difference, millions, number, of_runs, score, signed, table
-from comparison_tables import beside, family, family_by_task, others, summary, without_one_task
+from cells import NONE, NOT_RUN, difference, millions, number, of_runs, score, table
+from comparison_tables import beside, family, family_by_task, in_short, others, summary, without_one_task
 from families import BARE, KNOWING, ONE, THREE
-from page_tables import Results, ablated, by_task, constant, named, provenance, scores, setup, state, three_epochs
+from page_tables import (
+    Results,
+    ablated,
+    by_task,
+    constant,
+    hours,
+    named,
+    provenance,
+    scores,
+    setup,
+    state,
+    three_epochs,
+)
 from routing_tables import costs, equal_gates, gates
 
 
@@ -41,7 +53,7 @@ def general(found: Results) -> str:
         texts = [perplexity(each["perplexity"][source], each["seeds"]) for source in sources]
         choice = each["choice"]["mean"]
         ends = f" ({choice['lowest']:.3f} to {choice['highest']:.3f})" if each["seeds"] > 1 else ""
-        change = NONE if name == "base" or choice["difference"] is None else difference(of_choice(choice))
+        change = difference(choice["difference"]) if choice["difference"] else NONE
         rows.append([found["labels"][name], of_runs(seeds), *texts, f"{choice['value']:.3f}{ends}", change])
     head = [
         "system",
@@ -51,11 +63,6 @@ def general(found: Results) -> str:
         "change",
     ]
     return table(head, rows)
-
-
-def of_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
-    """A difference as `difference` takes it."""
-    return {"value": choice["difference"], "low": choice["low"], "high": choice["high"]}
 
 
 def perplexity(entry: Mapping[str, Any], seeds: int) -> str:
@@ -71,7 +78,7 @@ def general_beside(found: Results) -> str:
     for each in found["general_beside"]:
         names, there = [named(found, each[key]) for key in ("name", "against")], each["found"]
         ratios = ", ".join(f"{source} {ratio:.2f}" for source, ratio in there["perplexity"].items()) if there else NONE
-        rows.append([*names, difference(of_choice(there["choice"])) if there else NOT_RUN, ratios])
+        rows.append([*names, difference(there["choice"] if there else None), ratios])
     return table(["system", "against", "difference in accuracy", "perplexity, as a ratio"], rows)
 
 
@@ -116,6 +123,18 @@ def composite(found: Results) -> str:
     return table(["system", "mean score", "seeds", "difference from the LoRA of rank 16"], rows)
 
 
+def composite_seeds(found: Results) -> str:
+    """How much of a difference can be a matter of the seed."""
+    spread, reach = found["seed_spread"][ONE].get("mean"), found["seed_reach"]
+    if reach is None:
+        return "How far seeds spread is not known yet."
+    return (
+        f"After one epoch on single tasks, a run's mean score has a standard deviation of {spread:.3f} over seeds. "
+        f"Were it the same here, two seeds of one system would be up to {reach:.3f} apart in 95 of 100 cases "
+        "(1.96 · √2 · as much)."
+    )
+
+
 def sweep(experiment: str, *first: str) -> Any:
     """An exploratory experiment, behind the systems of the main one that belong into its row."""
 
@@ -150,7 +169,8 @@ def sampling_by_task(found: Results) -> str:
 def unstable(found: Results) -> str:
     """Systems whose seeds differ more than those of the others."""
     rows = []
-    for part, by_target in found["unstable"].items():
+    parts = found["unstable"] | {f"{part}, general knowledge": each for part, each in found["general_unstable"].items()}
+    for part, by_target in parts.items():
         for target, names in by_target.items():
             if names:
                 rows.append([part, target, ", ".join(found["labels"][name] for name in names)])
@@ -167,12 +187,14 @@ def seeds(found: Results) -> str:
             if entry["experiment"] in ("main", "longer", "ablations") and entry["targets"] and name != "base":
                 values = ", ".join(number(value) for value in entry["targets"]["mean"]["per_seed"])
                 error = entry["targets"]["mean"]["standard_error"]
-                rows.append([f"{protocol}: {found['labels'][name]}", values, signed(error).lstrip("+")])
+                rows.append([f"{protocol}: {found['labels'][name]}", values, number(error)])
     return table(["system", "mean score of each seed", "standard error"], rows) if rows else "No run is there yet."
 
 
 TABLES = {
+    "in-short": in_short,
     "state": state,
+    "hours": hours,
     "summary": summary,
     "others": others,
     "setup": setup,
@@ -201,6 +223,7 @@ TABLES = {
     "equal-gates": equal_gates,
     "costs": costs,
     "composite": composite,
+    "composite-seeds": composite_seeds,
     "held-out": held_out,
     "experts": sweep("experts", "moelora", "molora"),
     "ranks": sweep("rank", "lora-r16", "moelora", "molora"),

@@ -189,14 +189,14 @@ def stacked(panels: Mapping[str, Any], height: float, y: str, x: str) -> tuple[F
 
 def of_general(found: Results) -> Figure | None:
     """General knowledge beside the base model's: perplexity as a ratio, accuracy as a difference."""
-    after = {n: g for n, g in found["general"].items() if g and n != "base" and g["choice"]["mean"]["low"] is not None}
+    after = {n: g for n, g in found["general"].items() if g and n != "base" and g["choice"]["mean"]["difference"]}
     if not after:
         return None
     sources = list(next(iter(after.values()))["perplexity"])
     size = (WIDTH, (len(sources) + 1) * (1.1 + 0.34 * len(after)))
     figure, axes = plt.subplots(len(sources) + 1, 1, figsize=size, squeeze=False, layout="constrained")
     titles = [f"perplexity of {source}, base model = 1\n(line: lowest to highest seed)" for source in sources]
-    titles += ["accuracy, minus the base model's\n(line: interval, of other questions)"]
+    titles += ["accuracy, minus the base model's\n(line: interval)"]
     for axis, title in zip(axes[:, 0], titles, strict=True):
         axis.set_title(title, fontsize="medium", loc="left")
         axis.axvline(float(title != titles[-1]), color="grey", linewidth=0.8, linestyle="--")
@@ -210,9 +210,9 @@ def of_general(found: Results) -> Figure | None:
             scale = entry["ratio"] / entry["value"]
             axis.plot([entry["lowest"] * scale, entry["highest"] * scale], [row, row], color=colour)
             axis.plot(entry["ratio"], row, marker, color=colour)
-        choice = each["choice"]["mean"]
-        axes[-1, 0].plot([choice["low"], choice["high"]], [row, row], color=colour)
-        axes[-1, 0].plot(choice["difference"], row, marker, color=colour)
+        change = each["choice"]["mean"]["difference"]
+        axes[-1, 0].plot([change["low"], change["high"]], [row, row], color=colour)
+        axes[-1, 0].plot(change["value"], row, marker, color=colour)
     return figure
 
 

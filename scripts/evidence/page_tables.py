@@ -7,6 +7,7 @@ from cells import NONE, NOT_RUN, millions, minutes, number, of_runs, score, tabl
 from families import LONG
 
 Results = Mapping[str, Any]
+LARGE = ("longer", "experts", "rank")  # experiments without which the plan would be a night's
 
 
 def state(found: Results) -> str:
@@ -16,12 +17,28 @@ def state(found: Results) -> str:
         missing = [f"{named(found, system)} ({runs})" for system, runs in entry["missing"].items()]
         what = f"{entry['experiment'].replace('_', ' ')}, {entry['protocol']}, {entry['purpose']}"
         left = "; ".join(missing) or NONE
-        rows.append([what, str(entry["planned"]), str(entry["done"]), left if entry["done"] else "all"])
-    text = table(["runs", "planned", "done", "missing, and how many"], rows)
+        spent = [f"{entry[key]:.1f}" if entry[key] else NONE for key in ("hours", "hours_left")]
+        rows.append([what, str(entry["planned"]), str(entry["done"]), *spent, left if entry["done"] else "all"])
+    text = table(["runs", "planned", "done", "CPU hours", "to come, about", "missing, and how many"], rows)
     if found["unplanned"]:
         text += "\n\nNot used, as the plan has no such runs: " + ", ".join(f"`{each}`" for each in found["unplanned"])
         text += "."
     return text
+
+
+def hours(found: Results) -> str:
+    """How long the plan takes, whole and without what was not in it at first."""
+    whole = sum(map(cpu_hours, found["state"]))
+    less = whole - sum(cpu_hours(entry) for entry in found["state"] if entry["experiment"] in LARGE)
+    return (
+        f"The plan takes about {whole:.0f} CPU hours, {whole / 2:.0f} hours on two cores. Without three epochs and the "
+        f"sweeps over ranks and numbers of experts it would be {less / 2:.0f}."
+    )
+
+
+def cpu_hours(entry: Mapping[str, Any]) -> float:
+    """Of the runs that are done, and of those to come."""
+    return float(entry["hours"] + entry["hours_left"])
 
 
 def named(found: Results, system: str) -> str:
@@ -79,7 +96,7 @@ def provenance(found: Results) -> str:
         ["commits", ", ".join(f"`{each[:10]}`{'+' * each.endswith('+')}" for each in given["commits"])],
         ["versions", "; ".join(versions)],
         ["machines", "; ".join(machines)],
-        ["CPU hours of these runs", number(given["hours"], ".3f")],
+        ["CPU hours of these runs", number(given["hours"], ".1f")],
     ]
     return table(["", ""], rows)
 

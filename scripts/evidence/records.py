@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from estimates import Estimates
 from grid import all_runs, forecast
 from plan import Run, searched
 from rows import prepare_composites
 from setups import ROOT, Setup
-from store import plain, read
+from store import brief, read, stale
 from tallies import Sheet, System, read_test, sheet_of_rows, system_of_runs
 
 from peft_moe.data import task_key
@@ -57,11 +58,9 @@ class Records:
         self.scores = {run_id: record["scores"]["mean"]["score"] for run_id, record in self.found.items()}
         self.runs = {run.id: run for run in all_runs(setup, self.scores)}
         self.planned = forecast(setup, self.scores)
-        there = {run_id: self.found[run_id] for run_id in self.runs if run_id in self.found}
-        stale = [i for i, record in there.items() if record["settings"] != plain(self.runs[i].settings)]
-        if stale:
+        if old := stale(self.runs.values(), self.found):
             raise ValueError(
-                f"Done with other settings than now: {' '.join(stale)}. Do them again with "
+                f"Done with other settings than now: {' '.join(old)}. Do them again with "
                 "`python scripts/evidence/run.py --again --only` and these ids, or delete their files."
             )
 
@@ -111,8 +110,12 @@ class Records:
             yield protocol, system, dict(sorted(rates.items())), chosen
 
     def state(self) -> list[dict[str, Any]]:
-        """How many runs are planned and done, and which systems lack some, by experiment, protocol and purpose."""
+        """How many runs are planned and done, and which systems lack some, by experiment, protocol and purpose.
+
+        `hours` are CPU hours of the runs that are done, `hours_left` of the others, by those that are most like them.
+        """
         kinds: dict[tuple[str, str, str], list[Run]] = {}
+        estimates = Estimates({run_id: brief(record) for run_id, record in self.found.items()})
         for run in self.planned:
             kinds.setdefault((run.experiment, run.protocol, run.purpose), []).append(run)
         found = []
@@ -120,9 +123,11 @@ class Records:
             left = [run for run in runs if run.id not in self.runs or run.id not in self.found]
             systems = dict.fromkeys(run.system for run in left)
             missing = {system: sum(run.system == system for run in left) for system in systems}
+            hours = sum(self.found[run.id]["seconds"]["total_cpu"] for run in runs if run not in left) / 3600
             found.append(
                 {"experiment": experiment, "protocol": protocol, "purpose": purpose, "planned": len(runs)}
                 | {"done": len(runs) - len(left), "missing": missing}
+                | {"hours": hours, "hours_left": sum(map(estimates.seconds, left)) / 3600}
             )
         return found
 

@@ -23,10 +23,11 @@ from families import (
     of_sweeps,
 )
 from grid import ABLATIONS, LONGER, NUMBERS, RANKS, SYSTEMS, VARIANTS
-from knowledge import beside_other, general, routing
+from knowledge import BASE, beside_other, general, general_study, measured, routing
 from labels import labels
 from records import AT_EQUAL_GATES, TEST_ROWS, Finals, Record, Records, equal_gates, systems_of
 from rows import sizes
+from scipy.stats import norm
 from setups import ROOT
 from simple import simple
 from stats import LEVEL, Study
@@ -65,6 +66,7 @@ def build(records: Records, *, draws: int = 10_000) -> Numbers:
     found["scores"] = {protocol: all_scores(records, protocol, studies) for protocol in records.setup.protocols}
     found["unstable"] = {name: unstable(study) for name, study in studies.items()}
     found["seed_spread"] = {name: seed_spread(study) for name, study in studies.items()}
+    found["seed_reach"] = seed_reach(found["seed_spread"][ONE].get("mean"))
     found["families"] = families(records, studies, gates["instruction"])
     found["counts"] = {name: counts(family) for name, family in found["families"].items()}
     found["without"] = {
@@ -79,14 +81,7 @@ def build(records: Records, *, draws: int = 10_000) -> Numbers:
     found["equal_gates"] = {name: at_equal_gates(study) for name, study in gates.items()}
     found["composite"] = composite(records, draws)
     found["held_out"] = held_out(records, draws)
-    finals = records.of("instruction", ("main", "ablations"))
-    base = next((record["general"] for record in finals["base"].done if "general" in record), None)
-    found["general"] = {name: general(each.done, base) for name, each in finals.items()}
-    found["general_beside"] = [
-        {"name": name, "against": other, "found": beside_other(finals[name].done, finals[other].done) if both else None}
-        for name, other in KNOWING
-        for both in [finals[name].complete and finals[other].complete]
-    ]
+    found |= knowledge(records, draws)
     found["routing"] = {
         protocol: {
             name: routing(
@@ -219,6 +214,11 @@ def seed_spread(study: Study | None) -> dict[str, float | None]:
     return {target: seeds.observed**0.5 if seeds.observed else None for target, seeds in found}
 
 
+def seed_reach(spread: float | None) -> float | None:
+    """How far apart two runs lie by their seeds alone, in 95 of 100 cases, if one run's score has this spread."""
+    return None if spread is None else float(norm.ppf(1 - LEVEL / 2)) * 2**0.5 * spread
+
+
 def described_runs(finals: Finals, sheet: Sheet) -> Numbers:
     """What a system's runs say beside their scores. `all_stages` adds the runs whose adapters they start from."""
     found: Numbers = {"experiment": finals.experiment, "planned": len(finals.planned)}
@@ -305,6 +305,32 @@ def at_equal_gates(study: Study | None) -> Numbers:
     }
 
 
+def knowledge(records: Records, draws: int) -> Numbers:
+    """General knowledge of systems, and of methods beside their LoRA, with seeds pooled as those of scores are."""
+    finals = records.of("instruction", ("main", "ablations"))
+    base = next(iter(measured(finals[BASE].done)), None)
+    parts = {
+        name: {system: each for system, each in finals.items() if PARTS[name].has(system) or system == BASE}
+        for name in (ONE, THREE)
+    }
+    studies = {
+        name: general_study({system: each.done for system, each in systems.items()}, draws)
+        for name, systems in parts.items()
+    }
+    part_of = {system: ONE if system in parts[ONE] else THREE for system in finals}
+    beside = []
+    for pair in KNOWING:
+        there = all(finals[name].complete for name in pair)
+        study, (done, others) = studies[part_of[pair[1]]], (finals[name].done for name in pair)
+        found = beside_other(pair, done, others, study) if there else None
+        beside.append({"name": pair[0], "against": pair[1], "found": found})
+    return {
+        "general": {name: general(name, each.done, base, studies[part_of[name]]) for name, each in finals.items()},
+        "general_beside": beside,
+        "general_unstable": {name: unstable(study) for name, study in studies.items()},
+    }
+
+
 def composite(records: Records, draws: int) -> Numbers:
     """Scores on rows that need two tasks, and differences from the stock LoRA that was trained on the same rows."""
     finals = records.of("instruction", ("composite",))
@@ -314,10 +340,9 @@ def composite(records: Records, draws: int) -> Numbers:
     found = scores(study, finals, sheet)
     for name, entry in found.items():
         other = f"lora-r16-{name.partition('-')[2]}"
-        there = study is not None and other in finals and finals[name].complete and finals[other].complete
-        entry["difference"] = None
-        if study is not None and there and name != other:
-            entry["difference"] = asdict(study.compare(name, other)["mean"].difference)
+        there = other in finals and finals[name].complete and finals[other].complete
+        difference = study.compare(name, other)["mean"].difference if study and there else None
+        entry["difference"] = asdict(difference) if difference else None
     return found
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from cells import NONE, NOT_RUN, difference, number, score, table
+from cells import NONE, NOT_RUN, difference, number, score, signed, table
 from families import METHODS
 from grid import measured
 from page_tables import Results, named
@@ -51,10 +51,16 @@ def equal_gates(found: Results) -> str:
     for protocol, systems in found["equal_gates"].items():
         for name in (name for name in METHODS if name in found["scores"][protocol]):
             asked = systems.get(name)
-            cells = [score(asked["score"]), difference(asked["difference"])] if asked else [NOT_RUN] * 2
+            cells = of_equal_gates(asked) if asked else [NOT_RUN, NONE, NONE]
             if asked or "uniform" in measured(name, protocol):
                 rows.append([f"{protocol}: {named(found, name)}", *cells])
-    return table(["system", "score at equal gates", "change"], rows)
+    return table(["system", "score at equal gates", "change", "change of each seed"], rows)
+
+
+def of_equal_gates(asked: Mapping[str, Any]) -> list[str]:
+    """The cells of a system at equal gates."""
+    change = asked["difference"]
+    return [score(asked["score"]), difference(change), ", ".join(map(signed, change["per_seed"]))]
 
 
 def costs(found: Results) -> str:

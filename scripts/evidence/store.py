@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,12 @@ class Store:
 
     def stale(self, runs: list[Run]) -> list[str]:
         """Ids of runs that were done with other settings than they have now."""
-        return [r.id for r in runs if r.id in self.records and self.records[r.id]["settings"] != plain(r.settings)]
+        return stale(runs, self.records)
+
+
+def stale(runs: Iterable[Run], records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Ids of runs whose records, by id, have other settings than they have now."""
+    return [run.id for run in runs if run.id in records and records[run.id]["settings"] != plain(run.settings)]
 
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,11 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from peft_moe.data import task_key
-from peft_moe.metrics import METRICS, load_metric, normalise
+from peft_moe.metrics import load_metric, normalise
 from peft_moe.reading import read_task_info
 
 Array = npt.NDArray[np.float64]
-MEANS = sorted(METRICS.keys() - {"macro_f1", "slot_f1"})  # a mean over rows of a score that each row has alone
 
 
 @dataclass(frozen=True)
