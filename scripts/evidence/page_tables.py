@@ -72,8 +72,9 @@ def setup(found: Results) -> str:
         f"* *{named(found, name)}*: *{named(found, each['of'])}* with {words(each['flags'])}"
         for name, each in given["changes"].items()
     ]
-    text = table(["", ""], rows) + "\n\nThe flags of each system:\n\n" + "\n".join(systems)
-    return f"{text}\n\nAnd of those that change one:\n\n" + "\n".join(changed)
+    lists = "\n".join([*systems, "", "And of those that change one:", "", *changed])
+    opened = '<details markdown="1">\n<summary>The flags of each system</summary>'
+    return f"{table(['', ''], rows)}\n\n{opened}\n\n{lists}\n\n</details>"
 
 
 def words(flags: Mapping[str, Any]) -> str:
