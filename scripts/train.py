@@ -342,7 +342,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     return None if wanted == "false" else resume
 
 
-def read_split(data_args: DataArguments, split: str, seed: int, *, task_needed: bool) -> Dataset:
+def read_split(data_args: DataArguments, split: str, seed: int, *, task_needed: bool = True) -> Dataset:
     """One split of the data, of the tasks to train on; of the split to train on, the rows that the arguments choose.
 
     Where tasks are not needed and no flag is about them, rows may have none.
