@@ -120,7 +120,7 @@ ORDER = [
     {"saved"},
     {"config"},
     {"blocks", "checkpointing", "entry", "folding", "fused", "integrity", "layer", "shortcut"}
-    | {"matching", "mixing", "packing", "prompts", "quantised"},
+    | {"matching", "mixing", "offloading", "packing", "prompts", "quantised"},
     {"targets"},
     {"tuner"},
     {"token_routed"},

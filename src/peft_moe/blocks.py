@@ -59,7 +59,8 @@ class BlockEntry:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward: Callable[..., Any] = self.replaced or type(self.block).forward.__get__(self.block)
         if self._checkpoints():  # its forward runs a checkpoint function, which enters the span, in backward too
-            return forward(*args, **kwargs)
+            with self.tuner.context.entering(self):
+                return forward(*args, **kwargs)
         with self.span(args, kwargs):
             return forward(*args, **kwargs)
 
@@ -77,12 +78,14 @@ class BlockEntry:
     @contextmanager
     def span(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
         """Routers decide by the arguments of the block's forward, until the end of the `with` block."""
-        readers = self.tuner.readers(self.key)
+        readers, context = self.tuner.readers(self.key), self.tuner.context
+        before, context.deciders = context.deciders, (*context.deciders, *(router for router, _ in readers))
         try:
             for router, view in readers:
                 router.read(view.own(self._entering(router, args, kwargs)), view)
             yield
         finally:
+            context.deciders = before
             for router, _ in readers:
                 router.leave()
 

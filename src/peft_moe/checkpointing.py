@@ -1,9 +1,13 @@
-"""Gradient checkpointing: layers that run again in backward see the call of their own forward."""
+"""Gradient checkpointing by functions that modules have: what runs again in backward is told what its forward was.
+
+Where model code calls torch's function itself, `routing.history` finds that out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,11 +15,11 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
 from .blocks import BlockEntry
-from .routing import RoutingContext
+from .routing import Call, GroupedRouter, RoutingContext
 
 
 class Recomputation:
-    """Stands before a module's checkpoint function, so that what runs again in backward has the call of its forward.
+    """Stands before a module's checkpoint function, so that what runs again in backward is routed as in its forward.
 
     Args:
         checkpoint: the function.
@@ -27,22 +31,51 @@ class Recomputation:
         self.checkpoint, self.context, self.owner = checkpoint, context, owner
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        call, entry = self.context.current, vars(self.owner).get("forward")
+        context = self.context
         if torch.compiler.is_compiling():  # a compiled graph recomputes itself, from its own inputs
             return self.checkpoint(function, *args, **kwargs)
-        entry = entry if isinstance(entry, BlockEntry) and entry.tuner.context is self.context else None
-        if call is None and entry is None:
+        entries = [e for e in context.entered if isinstance(e, BlockEntry) and e.block is self.owner]
+        call, routers = context.current, context.deciders
+        if call is None and not entries and not routers:
             return self.checkpoint(function, *args, **kwargs)
-        named = getattr(function, "keywords", {})  # transformers binds them, so that only tensors are arguments
+        # inputs of the checkpoint, so that gradients reach routers of a block that this is a part of
+        decisions = [router.now for router in routers]
+        return self.checkpoint(Rerun(function, context, call, entries, routers), *args, *decisions, **kwargs)
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with (
-                self.context.replay(call) if call else nullcontext(),
-                entry.span(args, named) if entry else nullcontext(),
-            ):
-                return function(*args, **kwargs)
 
-        return self.checkpoint(run, *args, **kwargs)
+@dataclass
+class Rerun:
+    """What a checkpoint function runs in forward and again in backward.
+
+    Args:
+        function: what it was to run.
+        context: carries the call.
+        call: the call; None outside of one, when the context finds out for itself.
+        entries: of the block that this is, outermost first.
+        routers: of the blocks that this is in, whose decisions come as the last arguments.
+    """
+
+    function: Callable[..., Any]
+    context: RoutingContext
+    call: Call | None
+    entries: Sequence[BlockEntry]
+    routers: Sequence[GroupedRouter]
+
+    @property
+    def keywords(self) -> Mapping[str, Any]:
+        """What transformers has bound, so that only tensors are arguments."""
+        return getattr(self.function, "keywords", {})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        n = len(args) - len(self.routers)
+        args, decisions = args[:n], args[n:]
+        with ExitStack() as stack:
+            if self.call is not None:
+                stack.enter_context(self.context.replay(self.call))
+            stack.enter_context(self.context.decided(self.routers, decisions))
+            for entry in self.entries:
+                stack.enter_context(entry.span(args, self.keywords))
+            return self.function(*args, **kwargs)
 
 
 def keep_call_through_checkpointing(model: nn.Module, context: RoutingContext) -> None:

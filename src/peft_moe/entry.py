@@ -47,6 +47,11 @@ class Entry:
         """Whether the owner is the model, or the `PeftModel` around it, and no part that generate calls by itself."""
         return self.owner is self.tuner.model or getattr(self.owner, "base_model", None) is self.tuner
 
+    @property
+    def _drafts(self) -> bool:
+        """Whether a `generate` inside of one makes drafts for it, leaving early: other blocks have still to read."""
+        return not self.tuner.context.in_forward and vars(self.owner).get(self.method) is self
+
     @classmethod
     def install(cls, owner: nn.Module, method: str, tuner: MoeTuner) -> None:
         """Put an entry before `owner.method`, once.
@@ -100,7 +105,7 @@ class Entry:
             refuse_mixed_tasks(tuner, batch, named, task_ids, training=training)
         if prompts and batch is not None:
             arguments = self._named(args, kwargs)
-            if self.method == "generate" and not context.open:
+            if answering and (not context.open or self._drafts):
                 told = for_generate(tuner, self.owner, batch, arguments)
             elif first:
                 batch, told = for_forward(tuner, batch, arguments, training=training)
@@ -121,7 +126,9 @@ class Entry:
                 outputs = getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
             if prompts and first:
                 context.prompt_was_read(batch, _cache_in(outputs))
-            return outputs if ledger is None else self._settle(ledger, outputs, kwargs)
+            outputs = outputs if ledger is None else self._settle(ledger, outputs, kwargs)
+            context.keep_with(outputs)
+            return outputs
 
     def _batch(self, args: Sequence[Any], kwargs: dict[str, Any], *, masks: bool) -> Batch | None:
         """The batch of a call, as far as its arguments show it."""

@@ -25,7 +25,7 @@ TOKEN = "or use router_input='token'."
 
 
 def for_generate(tuner: MoeTuner, model: Any, batch: Batch, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What the context is to be told of the prompts of `generate`.
+    """What the context is to be told of the prompts of `generate`, or of one inside it that makes drafts.
 
     Args:
         tuner: the tuner.
@@ -36,7 +36,10 @@ def for_generate(tuner: MoeTuner, model: Any, batch: Batch, arguments: Mapping[s
     Raises:
         ValueError: a `prompt_mask` that does not fit.
     """
-    prompt_mask = arguments.get("prompt_mask")
+    context, cache = tuner.context, arguments.get("past_key_values")
+    if context.open and (known := context.prompt_in(cache)) is not None:  # a draft goes on
+        return {"prompt": known}
+    prompt_mask = context.prompt_mask if context.open else arguments.get("prompt_mask")
     if prompt_mask is not None:
         check_prompt_mask(prompt_mask, batch.rows, batch.tokens)
     # forwards may get masks in other forms: for caches of a fixed size, one over all of the cache
@@ -44,7 +47,7 @@ def for_generate(tuner: MoeTuner, model: Any, batch: Batch, arguments: Mapping[s
     if seen is not None and batch.tokens is not None:
         seen = seen[:, -batch.tokens :]
         prompt_mask = seen if prompt_mask is None else prompt_mask.bool() & seen
-    to_come = _tokens_to_read(batch, arguments.get("past_key_values"))
+    to_come = _tokens_to_read(batch, cache)
     return {"prompt": Prompt(None if tuner.is_encoder_decoder else to_come), "prompt_mask": prompt_mask}
 
 

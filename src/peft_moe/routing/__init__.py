@@ -1,7 +1,7 @@
 """From what a call was told, or a layer sees, to the weight of each expert: `Router(gate, select)`."""
 
 from .batch import Batch, check_prompt_mask, keep_mask, prompt_before_labels
-from .call import View
+from .call import Call, View
 from .context import RoutingContext
 from .control import Control, GroupWeights, control_of, plain
 from .gates import GroupedGate, TaskGate, TokenGate
@@ -18,6 +18,7 @@ __all__ = [
     "BASE",
     "BalanceTerm",
     "Batch",
+    "Call",
     "Control",
     "Decision",
     "GroupWeights",

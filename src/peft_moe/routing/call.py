@@ -33,6 +33,37 @@ class Tasks(Protocol):
     def default_task(self) -> Task | None: ...
 
 
+@dataclass(eq=False)  # not frozen: torch.compile would take the name of a task for a constant
+class Choice:
+    """What is chosen for all calls and, outside of them, for layers; another choice is another object.
+
+    Args:
+        task: by the user, a name or an id, or several; None for none.
+        ids: the same by adapter, (1,) or (1, k).
+        controls: by adapter, what a user has fixed.
+        made_in: the number of the backward that it was made in; -1 outside of one.
+    """
+
+    task: Task | Sequence[Task] | None = None
+    ids: dict[str, torch.Tensor] = field(default_factory=dict)
+    controls: dict[str, Control] = field(default_factory=dict)
+    made_in: int = -1
+
+    def of_task(self, task: Task | Sequence[Task] | None, ids: dict[str, torch.Tensor]) -> Choice:
+        """The same with another task."""
+        return replace(self, task=task, ids=ids)
+
+    def with_control(self, adapter: str, control: Control | None) -> Choice:
+        """The same with other weights fixed for an adapter; None for none."""
+        others = {name: other for name, other in self.controls.items() if name != adapter}
+        return replace(self, controls=others if control is None else {**others, adapter: control})
+
+    def without(self, adapter: str) -> Choice:
+        """The same for other adapters."""
+        ids = {name: of_task for name, of_task in self.ids.items() if name != adapter}
+        return replace(self.with_control(adapter, None), ids=ids)
+
+
 @dataclass(frozen=True)
 class Call:
     """What one call was told.
@@ -44,13 +75,14 @@ class Call:
         kept: what routers have computed in it and need not compute again.
         ledger: where balance losses go; None unless it is a training call.
         counted: whether statistics have it: not what is generated.
-        controls: by adapter, what a user has fixed.
+        choice: what was chosen when it began.
         prompt: what routers make of the rows' prompts; None outside of a call.
         prompt_done: whether it has none of the prompt's tokens.
         prompt_mask: which tokens are the prompt, if the caller has said so.
         in_forward: a forward of the model is under way, and not only generate.
         parts: by adapter, its rows, where these belong to different ones; None where active adapters have them all.
         views: what adapters see of it, as far as it has been asked for; in forward, and in what runs again.
+        inner: calls inside of it that have a graph, which are kept as long as it is.
     """
 
     told: TaskIds | None = None
@@ -59,13 +91,14 @@ class Call:
     kept: dict[Any, torch.Tensor] = field(default_factory=dict)
     ledger: Ledger | None = None
     counted: bool = True
-    controls: dict[str, Control] = field(default_factory=dict)
+    choice: Choice = field(default_factory=Choice)
     prompt: Prompt | None = None
     prompt_done: bool = False
     prompt_mask: torch.Tensor | None = None
     in_forward: bool = False
     parts: dict[str, Part] | None = None
     views: dict[tuple[str, bool], View] = field(default_factory=dict, init=False, repr=False, compare=False)
+    inner: list[Call] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def of_batch(self, batch: Batch | None) -> Call:
         """The same with another input, such as that of a step of generate, which may have repeated the rows."""

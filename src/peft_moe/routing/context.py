@@ -5,15 +5,17 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from .batch import Batch
-from .call import HOW, Call, Tasks, View
+from .call import HOW, Call, Choice, Tasks, View
 from .control import Control
+from .grouped import GroupedRouter
+from .history import History, backward_under_way, keep_with
 from .ledger import Ledger, OutsideScale
 from .mixture import Part, parts_of
 from .prompt import Prompt
@@ -40,28 +42,35 @@ class RoutingContext:
         # while merging is measured, by quantisation backend how much of what was added each layer lost
         self.requantised: dict[str, list[float]] | None = None
         self._tasks: dict[str, Tasks] = {}
-        self._chosen: Task | Sequence[Task] | None = None
-        self._chosen_ids: dict[str, torch.Tensor] = {}
+        self._choice = Choice()
         self._call = Call()
+        self._history = History()
         self._depth = 0
         self.used = False  # whether there was a call since the last adapter came
         self._warned = False
         self.outside = OutsideScale()
         self.last_ledger: Ledger | None = None
-        self.controls: dict[str, Control] = {}  # by adapter, what a user has fixed
         # not looked up in peft_config, where transformers deletes entries and a tuner around ours puts its own
         self.by_prompt: set[str] = set()  # adapters that route by prompts
+        self.deciders: tuple[GroupedRouter, ...] = ()  # of the blocks that are being run
+        self.entered: tuple[object, ...] = ()  # entries of blocks that go on in what a checkpoint function runs
         self.names: tuple[str, ...] | None = None  # an adapter for each row of the calls to come, if rows differ in it
         self._turn = threading.RLock()
         # Of blocks that choose. Not that of calls: a thread that streams answers calls from within another's block.
-        self._choice = threading.RLock()
+        self._choosing = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"_call": Call(), "_depth": 0, "last_ledger": None, "names": None}
-        return {name: value for name, value in vars(self).items() if name not in ("_turn", "_choice")} | fresh
+        fresh = {"_call": Call(), "_depth": 0, "last_ledger": None, "names": None, "deciders": (), "entered": ()}
+        of_threads = ("_turn", "_choosing", "_history")
+        return {name: value for name, value in vars(self).items() if name not in of_threads} | fresh
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _turn=threading.RLock(), _choice=threading.RLock())
+        vars(self).update(state, _turn=threading.RLock(), _choosing=threading.RLock(), _history=History())
+
+    @property
+    def controls(self) -> dict[str, Control]:
+        """By adapter, what a user has fixed."""
+        return self._choice.controls
 
     def know(self, adapter: str, tasks: Tasks) -> None:
         """Take note of an adapter's tasks, if it knows any, also of other ones than before."""
@@ -70,31 +79,29 @@ class RoutingContext:
             return
         same = adapter in self._tasks and list(self._tasks[adapter].task_names) == list(tasks.task_names)
         self._tasks[adapter] = tasks
-        if adapter in self._chosen_ids and self._chosen is not None and not same:
-            self._chosen_ids[adapter] = self._encode(adapter, self._chosen)
+        chosen = self._choice
+        if adapter in chosen.ids and chosen.task is not None and not same:
+            self._choose(chosen.of_task(chosen.task, {**chosen.ids, adapter: self._encode(adapter, chosen.task)}))
 
     def check_choice(self, adapter: str, tasks: Tasks) -> None:
         """Raise a ValueError if an adapter would not know the chosen task with other tasks than it has."""
-        if self._chosen is None or adapter not in self._chosen_ids:
+        chosen = self._choice.task
+        if chosen is None or adapter not in self._choice.ids:
             return
         try:
-            self._encoded(self._chosen, tasks.task_names)
+            self._encoded(chosen, tasks.task_names)
         except ValueError as error:
-            raise ValueError(
-                f"The task chosen with set_task is {self._chosen!r}: {error} Choose another first."
-            ) from None
+            raise ValueError(f"The task chosen with set_task is {chosen!r}: {error} Choose another first.") from None
 
     def fix(self, adapter: str, control: Control | None) -> None:
         """Take note of the weights that a user has fixed; None for none."""
-        if control is None:
-            self.controls.pop(adapter, None)
-        else:
-            self.controls[adapter] = control
+        self._choose(self._choice.with_control(adapter, control))
 
     def forget(self, adapter: str) -> None:
         """Drop what is known of an adapter."""
-        for kept in (self._tasks, self._chosen_ids, self.merged, self.controls):
-            kept.pop(adapter, None)
+        self._choose(self._choice.without(adapter))
+        self._tasks.pop(adapter, None)
+        self.merged.pop(adapter, None)
         self.in_base.discard(adapter)
         self.by_prompt.discard(adapter)
 
@@ -107,28 +114,44 @@ class RoutingContext:
         # Encoded here, not per call: to torch.compile a tensor is an input, and a name a constant to recompile for.
         with torch.inference_mode(False):  # a later call may be one of training
             ids = {a: self._encode(a, task) for a in adapters if a in self._tasks} if task is not None else {}
-        self._chosen, self._chosen_ids = task, ids
+        self._choose(self._choice.of_task(task, ids))
+
+    def _choose(self, choice: Choice) -> None:
+        """Let another choice hold from now on."""
+        self._hold(replace(choice, made_in=backward_under_way()))
+
+    def _hold(self, choice: Choice) -> None:
+        before, self._choice = self._choice, choice
+        if not self._depth and self._is_noted:
+            self._history.note(choice, before)
+
+    @property
+    def _is_noted(self) -> bool:
+        """Whether a forward may be made now that layers run again for: not in backward."""
+        return not torch.compiler.is_compiling() and backward_under_way() == -1
 
     @contextmanager
     def chosen(self, task: Task | Sequence[Task], adapters: Sequence[str]) -> Iterator[None]:
         """The same for the span of a `with` block; those of other threads wait."""
-        with self._choice:
-            before = self._chosen, self._chosen_ids
+        with self._choosing:
+            before = self._choice
             self.choose(task, adapters)
             try:
                 yield
             finally:
-                self._chosen, self._chosen_ids = before
+                again = replace(self._choice, task=before.task, ids=before.ids, made_in=before.made_in)
+                self._hold(before if self.controls is before.controls else again)
 
     @contextmanager
     def fixed(self, adapter: str) -> Iterator[None]:
         """Give an adapter the weights again, after a `with` block, that it had before; those of other threads wait."""
-        with self._choice:
-            before = self.controls.get(adapter)
+        with self._choosing:
+            before = self._choice
             try:
                 yield
             finally:
-                self.fix(adapter, before)
+                again = self._choice.with_control(adapter, before.controls.get(adapter))
+                self._hold(replace(again, made_in=before.made_in))
 
     @contextmanager
     def mixed(self, names: Sequence[str]) -> Iterator[None]:
@@ -153,7 +176,7 @@ class RoutingContext:
         prompt_mask: torch.Tensor | None = None,
         in_forward: bool = False,
     ) -> Iterator[Ledger | None]:
-        """The span of one call. A call inside it inherits its ids unless it brings its own, and its prompts.
+        """The span of one call. A call inside it inherits its ids and prompts unless it brings its own.
 
         Yields:
             the ledger of balance losses, if this is the outermost call and one of training.
@@ -163,42 +186,56 @@ class RoutingContext:
         """
         with nullcontext() if torch.compiler.is_compiling() else self._turn:
             outermost, before, self.used = self._depth == 0, self._call, True
+            if not outermost and prompt is None:
+                prompt, prompt_mask = before.prompt, before.prompt_mask
             if outermost or task_ids is not None:
                 ledger = self._new_ledger(training) if outermost else before.ledger
                 if not outermost:
                     parts = before.of_batch(batch).parts
                 else:
                     parts = None if self.names is None else parts_of(self.names, batch)
-                call = self._resolve(task_ids, active, batch, training, parts)
-                prompt = (prompt or Prompt()) if outermost else before.prompt
+                choice = self._present() if outermost else before.choice
+                call = self._resolve(task_ids, active, choice, batch, training, parts)
+                prompt = prompt or (Prompt() if outermost else None)
                 self._call = replace(
                     call,
                     ledger=ledger,
                     counted=counted if outermost else before.counted,
                     prompt=prompt,
                     prompt_done=bool(prompt and prompt.done),
-                    prompt_mask=prompt_mask if outermost else before.prompt_mask,
+                    prompt_mask=prompt_mask,
                     in_forward=in_forward or (before.in_forward and not outermost),
                 )
             elif batch is not None:  # such as a step of generate, which may have repeated the rows
-                done = bool(before.prompt and before.prompt.done)
                 self._call = replace(
-                    before.of_batch(batch), prompt_done=done, in_forward=in_forward or before.in_forward
+                    before.of_batch(batch),
+                    prompt=prompt,
+                    prompt_done=bool(prompt and prompt.done),
+                    prompt_mask=prompt_mask,
+                    in_forward=in_forward or before.in_forward,
                 )
             self._depth += 1
+            if noted := self._is_noted:
+                self._history.note(self._call, self._choice)
+                if not outermost and self._call is not before and torch.is_grad_enabled():
+                    before.inner.append(self._call)
             try:
                 yield self._call.ledger if outermost else None
             finally:
                 self._depth -= 1
-                # Kept after the outermost call: checkpointing runs layers again in backward, which must see the same.
-                if not outermost:
+                # Kept after the outermost call, for layers that run again for it in backward.
+                if not outermost or backward_under_way() != -1:
                     self._call = before
+                if noted:
+                    self._history.note(self._choice if outermost else before, self._choice)
 
     def _new_ledger(self, training: bool) -> Ledger | None:
         if not training:
             return None
-        self.last_ledger = Ledger(self.outside)
-        return self.last_ledger
+        ledger = Ledger(self.outside)
+        if backward_under_way() == -1:
+            self.last_ledger = ledger
+        return ledger
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -213,9 +250,34 @@ class RoutingContext:
 
     @property
     def current(self) -> Call | None:
-        """The call that layers are being run for; in backward that is the last one; outside of both there is none."""
-        # Private, but what torch's own checkpointing asks to tell a recomputation from a forward.
-        return self._call if self._depth or torch._C._current_graph_task_id() != -1 else None
+        """The call that layers are run for: the one under way; in backward, that of the forward they run again for."""
+        if self._depth:
+            return self._call
+        state = self._state()
+        return state if isinstance(state, Call) else None
+
+    # what is compiled in forward would not see that it runs again; torch leaves its type out
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _state(self) -> Call | Choice:
+        """What layers are run for outside of a call: what is chosen or, in backward, what held for their forward."""
+        if self._made_now:
+            return self._choice
+        return self._history.of_layer(self._choice)
+
+    def _present(self) -> Choice:
+        """What is chosen for a call that begins; in backward, what was when it was made first."""
+        return self._choice if self._made_now else self._history.of_call(self._choice)
+
+    @property
+    def _made_now(self) -> bool:
+        """Whether nothing runs again, or the choice was made by what runs again."""
+        backward = backward_under_way()
+        return backward in (-1, self._choice.made_in)
+
+    def keep_with(self, outputs: Any) -> None:
+        """Keep the call under way as long as a graph among its outputs: layers may run again for it in backward."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            keep_with(outputs, self._call)
 
     @property
     def kept(self) -> dict[Any, torch.Tensor] | None:
@@ -254,6 +316,27 @@ class RoutingContext:
         return self._call.told
 
     @contextmanager
+    def entering(self, entry: object) -> Iterator[None]:
+        """A block is run by a checkpoint function, in which its entry is to let routers read."""
+        before, self.entered = self.entered, (*self.entered, entry)
+        try:
+            yield
+        finally:
+            self.entered = before
+
+    @contextmanager
+    def decided(self, routers: Sequence[GroupedRouter], weights: Sequence[torch.Tensor | None]) -> Iterator[None]:
+        """Run a part of blocks whose routers have decided already, perhaps again."""
+        before, self.deciders = self.deciders, tuple(routers)
+        try:
+            with ExitStack() as stack:
+                for router, decision in zip(routers, weights, strict=True):
+                    stack.enter_context(router.decided(decision))
+                yield
+        finally:
+            self.deciders = before
+
+    @contextmanager
     def replay(self, call: Call) -> Iterator[None]:
         """Run layers for an earlier call again."""
         with self._turn:
@@ -267,10 +350,13 @@ class RoutingContext:
 
     def view(self, adapter: str) -> View:
         """What an adapter's routers see of the current call."""
-        call = self.current or self._resolve(None, (adapter,))
+        state = self._call if self._depth else self._state()
+        call = state if isinstance(state, Call) else self._resolve(None, (adapter,), state)
         if torch.compiler.is_compiling():
             return self._view(call, adapter, again=False)
         again = torch._C._current_graph_task_id() != -1
+        if call is not state and not again:
+            self._history.note_run(self._choice)
         view = call.views.get((adapter, again))
         if view is None:
             view = call.views[adapter, again] = self._view(call, adapter, again=again)
@@ -287,7 +373,7 @@ class RoutingContext:
             kept=call.kept,
             ledger=call.ledger,
             counted=call.counted and not again,
-            control=call.controls.get(adapter),
+            control=call.choice.controls.get(adapter),
             prompt=call.prompt,
             prompt_done=call.prompt_done,
             again=again,
@@ -311,7 +397,7 @@ class RoutingContext:
         Raises:
             ValueError: none was chosen.
         """
-        ids = self._chosen_or_default(adapter)
+        ids = self._chosen_or_default(adapter, self._choice)
         if ids is None:
             raise ValueError(
                 "This is done for one task, and none was chosen; pass task= with one of "
@@ -322,7 +408,7 @@ class RoutingContext:
     def may_lack_task(self, adapters: Sequence[str], *, default_is_enough: bool) -> bool:
         """Whether a call that brings no tasks leaves one of these adapters without, or with its default only."""
         known = [self._tasks[adapter] for adapter in adapters if adapter in self._tasks]
-        return self._chosen is None and any(t.default_task is None or not default_is_enough for t in known)
+        return self._choice.task is None and any(t.default_task is None or not default_is_enough for t in known)
 
     def _encode(self, adapter: str, task: Task | Sequence[Task]) -> torch.Tensor:
         return self._encoded(task, self._tasks[adapter].task_names)
@@ -332,17 +418,18 @@ class RoutingContext:
         """A task, or several for the same rows, as ids (1,) or (1, k)."""
         return encode_choice(task, names)
 
-    def _chosen_or_default(self, adapter: str) -> torch.Tensor | None:
-        if self._chosen is None:
+    def _chosen_or_default(self, adapter: str, choice: Choice) -> torch.Tensor | None:
+        if choice.task is None:
             default = self._tasks[adapter].default_task
             return None if default is None else self._encode(adapter, default)
-        chosen = self._chosen_ids.get(adapter)
-        return self._encode(adapter, self._chosen) if chosen is None else chosen
+        chosen = choice.ids.get(adapter)
+        return self._encode(adapter, choice.task) if chosen is None else chosen
 
     def _resolve(
         self,
         task_ids: TaskIds | None,
         active: Sequence[str],
+        choice: Choice,
         batch: Batch | None = None,
         training: bool = False,
         parts: dict[str, Part] | None = None,
@@ -359,7 +446,7 @@ class RoutingContext:
                 continue
             try:
                 own = task_ids if part is None or task_ids is None else _tasks_of(task_ids, part)
-                ids = self._chosen_or_default(adapter) if own is None else encode_tasks(own, tasks.task_names)
+                ids = self._chosen_or_default(adapter, choice) if own is None else encode_tasks(own, tasks.task_names)
             except (ValueError, TypeError):
                 if adapter in active:
                     raise
@@ -368,12 +455,12 @@ class RoutingContext:
                 continue  # a bank of one needs none; the layer that needs one says so
             if adapter in active:
                 self._check_rows(ids, batch if part is None else part.batch)
-                if task_ids is not None or self._chosen is not None:
+                if task_ids is not None or choice.task is not None:
                     self._check_merged(adapter, ids)
                 else:
                     self._warn_of_default(tasks.default_task, training)
             found[adapter] = ids if batch is None else ids.to(batch.device)
-        return Call(task_ids, found, batch, controls=dict(self.controls), parts=parts)
+        return Call(task_ids, found, batch, choice=choice, parts=parts)
 
     def _check_rows(self, ids: torch.Tensor, batch: Batch | None) -> None:
         n = ids.shape[0]

@@ -6,7 +6,8 @@ Shapes: n rows · s tokens · d features of what enters the block · E experts �
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -94,6 +95,15 @@ class GroupedRouter(nn.Module):
         """Forget the decision."""
         self.now = None
 
+    @contextmanager
+    def decided(self, weights: torch.Tensor | None) -> Iterator[None]:
+        """Have decided already, for the span of a `with` block in which a part of a block runs, perhaps again."""
+        before, self.now = self.now, weights
+        try:
+            yield
+        finally:
+            self.now = before
+
     def forward(self, x: torch.Tensor, view: View) -> torch.Tensor:
         """Weights for the input x (..., in) of a linear layer, as (..., E + 1) that broadcasts against it.
 
@@ -103,10 +113,7 @@ class GroupedRouter(nn.Module):
         """
         weights = self._weights(x, view) if self.owned else self.now
         if weights is None:
-            raise RuntimeError(
-                "A layer was called outside of its block, whose input says how its experts are weighed; call the block "
-                "or the model."
-            )
+            raise _outside(again=view.again)
         weights = weights.to(x.device)
         if self.per_prompt:
             return spread_over_rows(weights, x, view.batch, "prompts")
@@ -286,6 +293,21 @@ class _Layout(NamedTuple):
         if router.has_general:
             rest[-1] = 1 - mix
         return cls(pad, into, back, rest)
+
+
+def _outside(*, again: bool) -> RuntimeError:
+    """The error for a layer that has nobody to decide for it."""
+    if not again:
+        return RuntimeError(
+            "A layer was called outside of its block, whose input says how its experts are weighed; call the block or "
+            "the model."
+        )
+    return RuntimeError(
+        "A layer runs again in backward without its block, whose input says how its experts are weighed: code of the "
+        "model's own checkpoints a part of a block. Checkpoint whole blocks, with "
+        "model.gradient_checkpointing_enable() where it is transformers', or put torch's checkpoint_wrapper around "
+        "that part and call the adapted model."
+    )
 
 
 Router = TaskRouter | TokenRouter | GroupedRouter
