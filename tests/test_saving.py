@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import TASKS, config_for, logits, routed, routed_layers
+from helpers import TARGETS, TASKS, config_for, logits, routed, routed_layers
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import make_inputs, make_model
@@ -117,6 +117,73 @@ def test_merging_takes_the_chosen_or_the_default_task_or_several():
     model = routed("llama")
     mean = logits(model, inputs, task_ids=[["icd", "def"]] * 3)
     torch.testing.assert_close(logits(model.merge_and_unload(task=["icd", "def"]), inputs), mean, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize(
+    ("chosen", "asked", "named"),
+    [
+        (None, {"task": "icd"}, "icd"),
+        (None, {"task": 0}, "icd"),
+        (None, {"task": ["rad", "icd"]}, "rad', 'icd"),
+        ("icd", {}, "icd"),
+        (None, {}, "def"),  # the default
+        (None, {"task": "icd", "adapter_names": ["other", "default"]}, "icd"),
+    ],
+    ids=str,
+)
+def test_what_is_merged_for_one_task_is_not_given_for_another(chosen, asked, named, how):
+    model, inputs = routed("llama", default_task="def"), make_inputs("llama")
+    model.add_adapter("other", config_for("llama"))
+    model.merge_adapter(task="rad")
+    if chosen is not None:
+        model.set_task(chosen)
+    before = [layer.get_base_weight().clone() for layer in routed_layers(model)]
+    message = rf"'default' is merged.*\['rad'\], and \['{named}'\] is asked for.*unmerge_adapter.*pass task='rad'"
+    with pytest.raises(ValueError, match=message):
+        getattr(model, how)(**asked)
+    assert [layer.merged_adapters for layer in routed_layers(model)] == [["default"]] * len(before)
+    for layer, weight in zip(routed_layers(model), before, strict=True):
+        assert torch.equal(layer.get_base_weight(), weight)
+    model.set_task(None)
+    model.unmerge_adapter()
+    expected = logits(model, inputs, task_ids="icd")
+    torch.testing.assert_close(logits(model.merge_and_unload(task="icd"), inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("merged", "asked"), [("rad", 1), (["rad"], "rad"), (["icd", "rad"], [1, 0]), ("rad", ["rad", 1])], ids=str
+)
+def test_a_merged_task_can_be_merged_again_in_any_form(merged, asked):
+    model, inputs = routed("llama"), make_inputs("llama")
+    model.merge_adapter(task=merged)
+    expected = logits(model, inputs)
+    with pytest.warns(UserWarning, match="All adapters are already merged"):
+        unloaded = model.merge_and_unload(task=asked)
+    assert torch.equal(logits(unloaded, inputs), expected)
+
+
+def test_adapters_can_be_merged_for_a_task_each():
+    model, inputs = routed("llama"), make_inputs("llama")
+    model.add_adapter("other", config_for("llama"))
+    model.base_model.set_adapter(["default", "other"])
+    model.merge_adapter(["default"], task="rad")
+    with pytest.warns(UserWarning, match="additionally merging other"):
+        model.merge_adapter(["other"], task="icd")
+    both = logits(model, inputs)
+    with pytest.raises(ValueError, match=r"'other' is merged into the base weights for \['icd'\]"):
+        model.merge_and_unload(task="rad")
+    model.unmerge_adapter()
+    deltas = []
+    for name, task in (("default", "rad"), ("other", "icd")):
+        with model.base_model.task(task):
+            deltas.append([layer.get_delta_weight(name) for layer in routed_layers(model)])
+    base = model.unload()
+    targets = [m for name, m in base.named_modules() if name.endswith(tuple(TARGETS["llama"]))]
+    with torch.no_grad():
+        for module, one, two in zip(targets, *deltas, strict=True):
+            module.weight += one + two
+    torch.testing.assert_close(logits(base, inputs), both, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])

@@ -35,6 +35,7 @@ from .integrity import read_weights, whole
 from .layer import MoeLinear
 from .moelora.config import MoeLoraConfig
 from .moelora.model import weights_of_task
+from .offloading import offloaded
 from .routing import Control
 from .routing.tasks import Task
 
@@ -226,6 +227,8 @@ def _read(source: PeftModel | str | Path, adapter_name: str | None, hub_kwargs: 
         # Not state_dict(), which would copy or unpack a quantised base too.
         tensors = {n: t.detach() for n, t in chain(source.named_parameters(), source.named_buffers())}
         state_dict = get_peft_model_state_dict(source, state_dict=tensors, adapter_name=name)
+        names = {id(tensor): tensor_name for tensor_name, tensor in tensors.items()}
+        state_dict = {k: offloaded(source, names[id(t)]) if t.is_meta else t for k, t in state_dict.items()}
         tuner: Any = source.base_model
         layers = {key: layer for key, layer in tuner.model.named_modules() if isinstance(layer, MoeLinear)}
         control = tuner.context.controls.get(name)

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import fused
 from .bank import ExpertBank
+from .offloading import onloaded
 from .quantised import Aside, backend_of, check_can_merge, is_quantised_linear, requantise, weight_of
 from .routing import Batch, GroupedRouter, Router, RoutingContext, TaskRouter, View
 from .shortcut import Shortcut
@@ -234,7 +235,8 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         if isinstance(router, TaskRouter):
             return router.of_tasks(self.context.one_task(adapter))[0]
         if not self.reads_input(adapter):
-            return cast(GroupedRouter, router).constant(self.context.controls.get(adapter))
+            with onloaded(router):  # which another layer may hold, so that peft brings back this one alone
+                return cast(GroupedRouter, router).constant(self.context.controls.get(adapter))
         return self.stand_in(adapter)
 
     def stand_in(self, adapter: str) -> StandIn:
@@ -257,8 +259,9 @@ class MoeLinear(nn.Module, BaseTunerLayer):
     def fingerprint(self, adapter: str) -> int:
         """A number that changes with what an adapter does here."""
         bank, router, control = self.bank(adapter), self.router_of(adapter), self.context.controls.get(adapter)
-        tensors = [bank.lora_A.weight, bank.lora_B.weight, *(router.parameters() if router is not None else ())]
-        return fingerprint(tensors if control is None else [*tensors, control.numbers()])
+        with onloaded(bank, router):
+            tensors = [bank.lora_A.weight, bank.lora_B.weight, *(router.parameters() if router is not None else ())]
+            return fingerprint(tensors if control is None else [*tensors, control.numbers()])
 
     def tokens_that_count(self, adapter: str, x: torch.Tensor) -> torch.Tensor | None:
         """(t,) true for the tokens of an input (..., in) that are no padding, as far as the call says; None for all."""
@@ -268,8 +271,9 @@ class MoeLinear(nn.Module, BaseTunerLayer):
 
     def folded(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A (r, in) and B (out, r) of the LoRA of scaling 1 that an adapter is here, or that stands in for it."""
-        weights = self._merge_weights(adapter)
-        return weights[:2] if isinstance(weights, StandIn) else self.bank(adapter).folded(weights)
+        weights, bank = self._merge_weights(adapter), self.bank(adapter)
+        with onloaded(bank):
+            return weights[:2] if isinstance(weights, StandIn) else bank.folded(weights)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """What an adapter adds to the base weight, for the chosen task or fixed weights, in the base weight's shape.
@@ -330,7 +334,9 @@ class MoeLinear(nn.Module, BaseTunerLayer):
         """Raise a ValueError if a weight of these adapters is NaN or infinite."""
         for name in set(adapter_names) & self.moelora_bank.keys():
             bank = self.bank(name)
-            if not all(bool(torch.isfinite(weight).all()) for weight in (bank.lora_A.weight, bank.lora_B.weight)):
+            with onloaded(bank):
+                finite = all(bool(w.isfinite().all()) for w in (bank.lora_A.weight, bank.lora_B.weight))
+            if not finite:
                 raise broken(name)
 
     def _add_to_base(self, delta: torch.Tensor, check_for: str | None = None) -> None:

@@ -7,9 +7,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..bank import ExpertBank
 from ..blocks import BlockEntry
@@ -24,13 +22,13 @@ from ..routing import (
     View,
     plain,
 )
-from ..schedule import layer_of
 from ..targets import SEQUENCE_FIRST, modules_outside_adapters
 from ..token_routed import OF_ENCODER
 from ..tuner import MoeTuner
 from .config import GroupedMoeConfig
 from .explain import Explanation
 from .fit import check_expert
+from .placement import block_of, check_placement, width_of
 from .routers import new_router
 from .sources import Expert, read_expert
 
@@ -101,6 +99,7 @@ class GroupedMoeModel(MoeTuner):
             config.lay_out(self._experts, keys)
         else:
             config.check_layout(keys)
+        check_placement(self.model, self.get_model_config(self.model), keys, config.router_input)
         if config.router_input != "prompt":
             return
         model_type = self.get_model_config(self.model).get("model_type")
@@ -160,23 +159,13 @@ class GroupedMoeModel(MoeTuner):
         shared = self._routers.setdefault(adapter_name, {})
         if block in shared:
             return shared[block], True
-        shared[block] = self._new_router(config, key, self._width(block), name=f"{adapter_name}/{block}")
+        shared[block] = self._new_router(config, key, width_of(self.model, block), name=f"{adapter_name}/{block}")
         return shared[block], False
 
     def _block_of(self, config: GroupedMoeConfig, key: str) -> str | None:
         """The block whose router a module shares; None for one that does not see the tokens that enter a block."""
-        layer = layer_of(key)
-        block = ".".join(filter(None, (layer[0], str(layer[1])))) if layer else key
         encoders = config.router_input == "token" and self.is_encoder_decoder and OF_ENCODER.search(key)
-        return None if block == key or encoders or IN_BASE_EXPERTS.search(key) else block
-
-    def _width(self, block: str) -> int:
-        """Features of what enters a block: what its first linear layer reads."""
-        for _, module in modules_outside_adapters(self.model.get_submodule(block)):
-            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            if isinstance(base, (nn.Linear, Conv1D)) or hasattr(base, "in_features"):
-                return int(cast(tuple[int, int], _get_in_out_features(base))[0])
-        raise ValueError(f"Block {block!r} has no linear layer, whose input would say how much enters it.")
+        return None if encoders or IN_BASE_EXPERTS.search(key) else block_of(self.model, key)
 
     def _new_router(
         self, config: GroupedMoeConfig, key: str, in_features: int, *, name: str, owned: bool = False

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial
+from itertools import takewhile
 
 import torch
 
@@ -71,9 +73,7 @@ def fixed_weights(config: GroupedMoeConfig, state_dict: StateDict, control: Cont
                 "...) for the LoRA that comes closest."
             )
 
-    of_blocks: dict[tuple[str, int] | None, list[str]] = {}
-    for key in sorted(routers, key=lambda k: bool(OF_ENCODER.search(k) or IN_BASE_EXPERTS.search(k))):
-        of_blocks.setdefault(layer_of(key), []).append(key)
+    holders = by_layer(routers)
 
     @cache  # since modules share the router of their block
     def weights_of(key: str) -> torch.Tensor | None:
@@ -81,7 +81,46 @@ def fixed_weights(config: GroupedMoeConfig, state_dict: StateDict, control: Cont
             return routers[key].constant(control)
 
     def weights_at(key: str) -> torch.Tensor | None:
-        # one of its own, or that of its block, which another of its layers holds
-        return weights_of(key if key in routers else of_blocks.get(layer_of(key), [])[0])
+        return weights_of(holder_of(key, holders))
 
     return weights_at
+
+
+def has_own_router(key: str) -> bool:
+    """Whether a layer in a block does not see the tokens that enter it, where routers decide for each token."""
+    return bool(OF_ENCODER.search(key) or IN_BASE_EXPERTS.search(key))
+
+
+def by_layer(holders: Iterable[str]) -> dict[tuple[str, int] | None, list[str]]:
+    """Names of the layers that hold a router, by `layer_of`."""
+    found: dict[tuple[str, int] | None, list[str]] = {}
+    for key in holders:
+        found.setdefault(layer_of(key), []).append(key)
+    return found
+
+
+def holder_of(key: str, holders: Mapping[tuple[str, int] | None, Sequence[str]]) -> str:
+    """The layer that holds the router of the layer at `key`: itself, or another one of its block.
+
+    Args:
+        key: its name.
+        holders: from `by_layer`.
+
+    Raises:
+        KeyError: there is none.
+    """
+    place = layer_of(key)
+    near = holders.get(place, ())
+    if key in near:
+        return key
+    near = [other for other in near if not has_own_router(other)] or near
+    if place is None or not near:
+        raise KeyError(f"a router for {key}")
+    # where a stage has several blocks, the nearest is in the same
+    return max(near, key=lambda other: len(common_name([key, other])))
+
+
+def common_name(keys: Iterable[str]) -> str:
+    """The name of the innermost module around modules."""
+    columns = zip(*(key.split(".") for key in keys), strict=False)
+    return ".".join(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, columns))

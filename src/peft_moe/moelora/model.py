@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from fractions import Fraction
 from functools import cache
 from typing import cast
 
@@ -115,8 +117,11 @@ class MoeLoraModel(MoeTuner):
             adapter_names, safe_merge: as in peft.
             task: the task; None for the one chosen with `set_task` or `default_task`.
 
+        What is merged already stays as it is, as in peft.
+
         Raises:
-            ValueError: no task was chosen, or an unknown one; nothing is merged then.
+            ValueError: no task was chosen, or an unknown one, or another one than an adapter is merged for; nothing is
+                merged then.
         """
         with self._for_one_task(task, adapter_names):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -139,12 +144,30 @@ class MoeLoraModel(MoeTuner):
         with self.context.chosen(task, names) if task is not None else nullcontext():
             for name in names:
                 if self._is_routed(name):
-                    self.context.one_task(name)
+                    self._check_merged(name, self.context.one_task(name))
             yield
+
+    def _check_merged(self, adapter_name: str, asked: torch.Tensor) -> None:
+        """Raise a ValueError if an adapter is merged for other tasks than those asked for, ids (1,) or (1, k)."""
+        merged = self.context.merged.get(adapter_name)
+        if merged is None or _shares(asked) == _shares(merged):
+            return
+        names = cast(MoeLoraConfig, self.peft_config[adapter_name]).task_names
+        there, wanted = ([names[i] for i in ids.flatten().tolist()] for ids in (merged, asked))
+        raise ValueError(
+            f"Adapter {adapter_name!r} is merged into the base weights for {there}, and {wanted} is asked for now; "
+            f"call model.unmerge_adapter() first, or pass task={there if there[1:] else there[0]!r} to leave it merged."
+        )
 
     def _is_routed(self, adapter_name: str) -> bool:
         layers = (m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls))
         return any(layer.router_of(adapter_name) is not None for layer in layers)
+
+
+def _shares(ids: torch.Tensor) -> dict[int, Fraction]:
+    """How much of the mean of embeddings each task is, from ids (1,) or (1, k)."""
+    counts = Counter(ids.flatten().tolist())
+    return {task: Fraction(count, counts.total()) for task, count in counts.items()}
 
 
 def new_router(config: MoeLoraConfig, num_experts: int) -> TaskRouter:

@@ -14,8 +14,8 @@ import torch
 from ..config import MoeConfig
 from ..folding import StateDict, module_from
 from ..grouped.config import GroupedMoeConfig
+from ..grouped.routers import by_layer, common_name, has_own_router, holder_of
 from ..grouped.routers import new_router as new_grouped_router
-from ..layer import IN_BASE_EXPERTS
 from ..medmoe.config import MedMoeLoraConfig
 from ..moelora.config import MoeLoraConfig
 from ..moelora.model import new_router as new_task_router
@@ -23,7 +23,6 @@ from ..molora.config import MoLoraConfig
 from ..routing import TokenGate
 from ..routing.names import SHARED, by_group
 from ..schedule import layer_of
-from ..token_routed import OF_ENCODER
 
 MOST_WEIGHTS = 1_000_000  # of a gate's table; a file of a few kilobytes could ask for one that fills the memory
 
@@ -121,20 +120,30 @@ def _group_routers(
     prefixes = {layer["name"]: f"base_model.model.{layer['name']}.moelora_router." for layer in layers}
     holders = [key for key, prefix in prefixes.items() if f"{prefix}gate.weight" in tensors or _counts(tensors, prefix)]
     routers = {key: _group_router(config, tensors, prefixes[key]) | {"name": key, "layers": []} for key in holders}
-    of_blocks: dict[tuple[str, int], str] = {}
-    for key in holders:
-        place = layer_of(key)
-        if place is not None and not OF_ENCODER.search(key) and not IN_BASE_EXPERTS.search(key):
-            of_blocks.setdefault(place, key)
-            routers[key]["name"] = ".".join(filter(None, (place[0], str(place[1]))))
+    near = by_layer(holders)
     for layer in layers:
-        key, place = layer["name"], layer_of(layer["name"])
-        holder = key if key in routers else of_blocks.get(place) if place else None
-        if holder is None:
-            raise KeyError(f"a router for {key}")
-        layer["router"] = routers[holder]["name"]
-        routers[holder]["layers"].append(key)
+        routers[holder_of(layer["name"], near)]["layers"].append(layer["name"])
+    names = {}
+    for key, router in routers.items():
+        router["name"] = _name_of(key, router["layers"], [k for k in near[layer_of(key)] if not has_own_router(k)])
+        names.update(dict.fromkeys(router["layers"], router["name"]))
+    for layer in layers:
+        layer["router"] = names[layer["name"]]
     return list(routers.values())
+
+
+def _name_of(key: str, layers: Sequence[str], of_blocks: Sequence[str]) -> str:
+    """What to call the router that a layer holds for others: by their block, unless it is its own.
+
+    Args:
+        key: the layer.
+        layers: those that the router serves.
+        of_blocks: of layers with the same number, those that hold routers of blocks.
+    """
+    place = layer_of(key)
+    if place is None or key not in of_blocks:
+        return key
+    return ".".join(filter(None, (place[0], str(place[1])))) if len(of_blocks) == 1 else common_name(layers)
 
 
 def _group_router(config: GroupedMoeConfig, tensors: StateDict, prefix: str) -> dict[str, Any]:
