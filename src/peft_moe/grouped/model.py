@@ -60,7 +60,7 @@ class GroupedMoeModel(MoeTuner):
             Entry.install(cast(Any, model).get_encoder(), "forward", self)
         config = self._config(adapter_name)
         if config.group_weights is not None:
-            self.context.controls[adapter_name] = config.control(config.group_weights)
+            self.context.fix(adapter_name, config.control(config.group_weights))
 
     def _config(self, adapter_name: str) -> GroupedMoeConfig:
         return cast(GroupedMoeConfig, self.peft_config[adapter_name])
