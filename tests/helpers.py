@@ -3,15 +3,24 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import peft
+import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from tiny_models import TASK_TYPES, make_model
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from peft_moe import MoeLoraConfig, kernels
 from peft_moe.layer import MoeLinear
 
 TASKS = ["icd", "rad", "def"]
+transformers_own_adapter_methods = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"transformers' add_adapter and load_adapter ask for peft {MIN_PEFT_VERSION}",
+)
 # Linear layers whose inputs keep one row per example, per architecture.
 TARGETS = {
     "llama": ["q_proj", "v_proj", "gate_proj", "down_proj"],
@@ -41,6 +50,20 @@ def routed(name: str = "llama", *, seed: int = 0, **changes) -> PeftModel:
     """A tiny model with an adapter, in eval mode."""
     torch.manual_seed(seed)
     return get_peft_model(make_model(name), config_for(name, **changes)).eval()
+
+
+# what transformers calls it, now and some versions before
+WORD = "activation" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient"
+
+
+def checkpointing(use_reentrant: bool = False) -> dict:
+    """For TrainingArguments."""
+    return {f"{WORD}_checkpointing": True, f"{WORD}_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+
+
+def enable_checkpointing(model: nn.Module, use_reentrant: bool = False) -> None:
+    """As TrainingArguments do."""
+    getattr(model, f"{WORD}_checkpointing_enable")({"use_reentrant": use_reentrant})
 
 
 def routed_layers(model: nn.Module) -> list[MoeLinear]:

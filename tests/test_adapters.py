@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from grouped_helpers import answered, grouped, grouped_config
-from helpers import TARGETS, TASKS, adapter_gradients, config_for, logits, routed_layers
+from helpers import (
+    TARGETS,
+    TASKS,
+    adapter_gradients,
+    config_for,
+    logits,
+    routed_layers,
+    transformers_own_adapter_methods,
+)
 from kinds import KINDS, config_of, two_adapters
 from peft import LoHaConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.helpers import rescale_adapter_scale
@@ -263,6 +271,7 @@ def gradients(model, task_ids) -> dict[str, torch.Tensor]:
     return {name.removeprefix("base_model.model."): grad for name, grad in adapter_gradients(model).items()}
 
 
+@transformers_own_adapter_methods
 @native_adapters
 @pytest.mark.parametrize("second", [MoLoraConfig, MedMoeLoraConfig], ids=["alike", "different"])
 def test_balance_losses_know_the_tasks_of_the_active_one(second):
@@ -294,6 +303,7 @@ def test_balance_losses_know_the_tasks_of_the_active_one(second):
     assert gradients(native, ["u", "v", "w"]).keys() == expected.keys()
 
 
+@transformers_own_adapter_methods
 @native_adapters
 @pytest.mark.parametrize("first", ["one", "two"])
 def test_prompts_are_asked_for_by_the_active_one_only(first, folder):
@@ -318,6 +328,7 @@ def test_prompts_are_asked_for_by_the_active_one_only(first, folder):
     assert torch.equal(native.generate(**ids, **length), expected.generate(**ids, **length))
 
 
+@transformers_own_adapter_methods
 @native_adapters
 def test_a_router_of_prompts_works_below_one_of_tokens(folder):
     """Whichever was added last sees a call first."""
@@ -336,6 +347,7 @@ def test_a_router_of_prompts_works_below_one_of_tokens(folder):
             torch.testing.assert_close(native.get_parameter(name).grad, parameter.grad)
 
 
+@transformers_own_adapter_methods
 @native_adapters
 def test_a_name_that_is_used_again_is_a_new_adapter(folder):
     native, inputs = make_model("llama"), answered("llama")
@@ -368,6 +380,7 @@ def test_tasks_of_several_active_ones_are_those_that_both_know(folder):
     torch.testing.assert_close(logits(model, inputs, task_ids="icd"), logits(model, inputs, task_ids=0))
 
 
+@transformers_own_adapter_methods
 @native_adapters
 @pytest.mark.parametrize("kind", ["molora", "at_moe"])
 def test_adding_and_deleting_through_transformers_does_not_slow_a_model_down(kind, folder):

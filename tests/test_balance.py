@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
-from helpers import TARGETS, TASKS, adapter_gradients, routed_layers
+from helpers import TARGETS, TASKS, WORD, adapter_gradients, checkpointing, enable_checkpointing, routed_layers
 from peft import get_peft_model
 from tiny_models import TASK_TYPES, VOCAB, make_inputs, make_model
 from tiny_text import make_tokenizer
@@ -197,8 +197,8 @@ class Gradients(TrainerCallback):
 def train_a_step(how, model, batches, folder, *, collator=default_data_collator, steps=None, callback=None, **settings):
     """Adapter gradients of one optimiser step over micro-batches: a loop, transformers' Trainer or TRL's SFTTrainer."""
     if how == "loop":
-        if settings.get("activation_checkpointing"):
-            model.get_base_model().activation_checkpointing_enable(settings["activation_checkpointing_kwargs"])
+        if (again := settings.get(f"{WORD}_checkpointing_kwargs")) is not None:
+            enable_checkpointing(model.get_base_model(), **again)
         for batch in batches:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.get("bf16", False)):
                 loss = model(**batch).loss / len(batches)
@@ -231,7 +231,7 @@ def train_a_step(how, model, batches, folder, *, collator=default_data_collator,
     else:
         from trl import SFTConfig, SFTTrainer
 
-        arguments["activation_checkpointing"] = settings.get("activation_checkpointing", False)  # TRL's default is True
+        arguments.setdefault(f"{WORD}_checkpointing", False)  # TRL's default is True
         config = SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True})
         trainer = SFTTrainer(model, config, processing_class=make_tokenizer(), **more)
     if callback is not None:
@@ -305,10 +305,7 @@ CHECKPOINTED = [
 def test_checkpointing_of_either_kind_changes_no_gradient(how, name, tmp_path):
     """With B other than 0, so that gradients of banks are compared too."""
     inputs = padded_inputs(name)
-    settings = [{}]
-    for reentrant in (True, False):
-        kind = {"use_reentrant": reentrant}
-        settings.append({"activation_checkpointing": True, "activation_checkpointing_kwargs": kind})
+    settings = [{}, checkpointing(use_reentrant=True), checkpointing(use_reentrant=False)]
     plain, *again = (
         train_a_step(how, make(name, init_lora_weights=False), [inputs] * 2, tmp_path, **more) for more in settings
     )
@@ -322,7 +319,7 @@ def test_two_forwards_before_one_backward_keep_a_loss_each(kind, use_reentrant):
     first, second = padded_inputs(seed=1), padded_inputs(seed=2)
     model = make(kind=kind)
     if use_reentrant is not None:
-        model.get_base_model().activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        enable_checkpointing(model.get_base_model(), use_reentrant)
     (3 * model(**first).loss + model(**second).loss / 4).backward()
     assert_same(router_gradients(model), weighted([first, second], [3, 1 / 4], kind=kind))
 
@@ -812,8 +809,7 @@ HOWS = [("loop", None), *((how, use_reentrant) for how in WAYS for use_reentrant
 def test_the_anchor_of_a_base_expert_reaches_the_gradient_of_its_matrices(how, use_reentrant, tmp_path):
     """`c · mean over layers of ‖ΔW_base‖²` by the explicit product; B is not 0, since there its gradient is 0."""
     inputs = padded_inputs()
-    again = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
-    settings = {} if use_reentrant is None else again
+    settings = {} if use_reentrant is None else checkpointing(use_reentrant)
     model = make(kind="medmoe", init_lora_weights=False, **REGULARIZED)
     found = train_a_step(how, model, [inputs] * 2, tmp_path, **settings)
     free = make(kind="medmoe", init_lora_weights=False, **{**REGULARIZED, "base_coefficient": 0.0})

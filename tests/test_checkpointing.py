@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from grouped_helpers import answered, grouped
-from helpers import TARGETS, TASKS, adapter_gradients
+from helpers import TARGETS, TASKS, adapter_gradients, enable_checkpointing, transformers_own_adapter_methods
 from peft import LoraConfig, get_peft_model
 from tiny_models import PAD, make_inputs, make_model
 from torch import nn
@@ -333,7 +333,7 @@ def llama(kind, **fields):
 
 def checkpointed(model, use_reentrant):
     model.enable_input_require_grads()
-    model.get_base_model().activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    enable_checkpointing(model.get_base_model(), use_reentrant)
     return model
 
 
@@ -369,6 +369,7 @@ def test_a_backbone_that_is_called_by_itself_has_the_same_gradients(kind, use_re
 # -- blocks -----------------------------------------------------------------------------------------------------------
 
 
+@transformers_own_adapter_methods
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 @pytest.mark.parametrize("active", ["one", "two", ["one", "two"]])
 @pytest.mark.parametrize("router_input", ["token", "prompt"])
@@ -384,7 +385,7 @@ def test_every_adapter_of_transformers_own_add_adapter_reads_what_enters_blocks(
         model.train()
         model.enable_input_require_grads()
         if with_checkpoints:
-            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            enable_checkpointing(model, use_reentrant)
         model(**answered("llama")).loss.backward()
         found.append(adapter_gradients(model))
     same_gradients(found[1], found[0])

@@ -36,6 +36,7 @@ from conformance_helpers import (
     tuner_layers,
 )
 from grouped_helpers import without_dropout
+from helpers import enable_checkpointing, transformers_own_adapter_methods
 from peft import (
     AutoPeftModelForCausalLM,
     PeftConfig,
@@ -597,11 +598,11 @@ def test_forward_takes_what_the_base_model_takes(kind):
 @every_kind
 def test_checkpointing_gives_the_same_gradients_with_frozen_embeddings(kind, name):
     found = []
-    for checkpointing in (False, True):
+    for with_checkpoints in (False, True):
         model = adapted(kind, name)
         model.enable_input_require_grads()
-        if checkpointing:
-            model.activation_checkpointing_enable()
+        if with_checkpoints:
+            enable_checkpointing(model)
         backward(without_dropout(model).train(), name)  # BERT has some of its own
         found.append({key: p.grad for key, p in model.named_parameters() if p.requires_grad})
     plain, checkpointed = found
@@ -634,6 +635,7 @@ def test_an_adapter_can_be_injected_without_a_wrapper(kind):
     assert all(torch.equal(theirs[key], ours[key]) for key in ours)
 
 
+@transformers_own_adapter_methods
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # said of every second adapter
 @pytest.mark.parametrize("kind", NATIVE)
 def test_transformers_own_methods_and_peft_read_each_other_s_files(kind, tmp_path):
@@ -657,6 +659,7 @@ def test_transformers_own_methods_and_peft_read_each_other_s_files(kind, tmp_pat
     assert torch.equal(out(native), expected)
 
 
+@transformers_own_adapter_methods
 def test_a_gate_that_layers_share_is_refused_there_before_anything_changes(tmp_path):
     adapted("MOELoRA").save_pretrained(tmp_path)
     for put_in in (

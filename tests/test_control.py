@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from grouped_helpers import grouped, make_experts
-from helpers import adapter_gradients, config_for, logits, routed_layers
+from helpers import adapter_gradients, config_for, enable_checkpointing, logits, routed_layers
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny_models import TASK_TYPES, make_inputs, make_model
@@ -478,7 +478,7 @@ def test_backward_after_the_with_block_has_the_weights_of_its_own_forward(use_re
     assert len({round(loss, 4) for loss in expected[0]}) == 3
     if use_reentrant is not None:
         model.enable_input_require_grads()
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        enable_checkpointing(model, use_reentrant)
     model.set_group_weights({"t": 1.0})  # what is fixed while backward runs
     found = losses_and_gradients(model, inputs, controls, backward_inside=False)
     assert found[0] == pytest.approx(expected[0])

@@ -8,7 +8,7 @@ import torch
 from accelerate import cpu_offload
 from datasets import Dataset
 from grouped_helpers import grouped
-from helpers import logits, routed
+from helpers import checkpointing, logits, routed
 from peft import PeftModel, get_peft_model
 from tiny_models import make_inputs
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
@@ -55,8 +55,7 @@ def test_trainer_with_accumulation_and_checkpointing_is_trainer_without(tmp_path
         {
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 3,
-            "activation_checkpointing": True,
-            "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant},
+            **checkpointing(use_reentrant),
         },
     ]
     for setting in settings:

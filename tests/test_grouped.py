@@ -12,7 +12,15 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from datasets import Dataset
 from grouped_helpers import EXPERTS, answered, grouped, grouped_config, make_experts, make_lora, without_dropout
-from helpers import TARGETS, adapter_gradients, logits, routed_layers
+from helpers import (
+    TARGETS,
+    adapter_gradients,
+    checkpointing,
+    enable_checkpointing,
+    logits,
+    routed_layers,
+    transformers_own_adapter_methods,
+)
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
@@ -488,7 +496,7 @@ def test_checkpointing_gives_the_same_gradients(arch, router_input, losses, fold
     for use_reentrant in (None, True, False):
         model = in_training(arch, folder, router_input=router_input, learn_mix=True)
         if use_reentrant is not None:
-            model.get_base_model().activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            enable_checkpointing(model.get_base_model(), use_reentrant)
         losses(model, arch).backward()
         found.append(adapter_gradients(model))
     assert all(gradient.abs().max() > 0 for gradient in found[0].values())
@@ -522,7 +530,7 @@ def test_the_backbone_can_be_called_by_itself_with_checkpointing(use_reentrant, 
     for checkpointed in (False, True):
         model = in_training("llama", folder, learn_mix=True)
         if checkpointed:
-            model.get_base_model().activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            enable_checkpointing(model.get_base_model(), use_reentrant)
         model.base_model.model.model(**inputs).last_hidden_state.square().mean().backward()
         found.append(adapter_gradients(model))
     same_gradients(found[1], found[0])
@@ -531,7 +539,7 @@ def test_the_backbone_can_be_called_by_itself_with_checkpointing(use_reentrant, 
 def test_checkpoint_functions_are_as_they_were_after_unloading(folder):
     model = in_training("llama", folder)
     base = model.get_base_model()
-    base.activation_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(base)
     before = [vars(layer)["_gradient_checkpointing_func"] for layer in base.model.layers]
     for _ in range(2):
         model(**answered("llama")).loss.backward()
@@ -742,6 +750,7 @@ def test_auto_peft_model_needs_nothing_but_the_directory(folder, tmp_path):
     assert torch.equal(logits(loaded, inputs), logits(model, inputs))
 
 
+@transformers_own_adapter_methods
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # said of every second adapter
 @pytest.mark.parametrize("router_input", INPUTS)
 def test_transformers_own_adapter_methods_do_what_peft_does(router_input, folder, tmp_path):
@@ -828,6 +837,7 @@ def test_two_active_adapters_add_up(folder):
     close(both, first + second - base)
 
 
+@transformers_own_adapter_methods
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # said of every second adapter
 def test_transformers_can_have_it_beside_adapters_of_another_method(folder, tmp_path):
     model, inputs = grouped("llama", folder, router_input="prompt"), answered("llama")
@@ -1014,10 +1024,9 @@ def test_the_best_checkpoint_is_loaded_at_the_end(router_input, folder, tmp_path
 @pytest.mark.parametrize("router_input", INPUTS)
 def test_trainer_with_accumulation_and_checkpointing_is_trainer_without(router_input, use_reentrant, folder, tmp_path):
     trained = []
-    again = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
     for setting in (
         {"per_device_train_batch_size": 6},
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, **again},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, **checkpointing(use_reentrant)},
     ):
         model = in_training("llama", folder, router_input=router_input)
         Trainer(model, arguments(tmp_path, optim="sgd", max_steps=2, **setting), train_dataset=rows()).train()

@@ -1,6 +1,7 @@
 """Routing by prompt: what a prompt is in training, and that generation keeps to it."""
 
 import copy
+import inspect
 import pickle
 from contextlib import contextmanager
 
@@ -12,7 +13,14 @@ from helpers import logits
 from peft import get_peft_model
 from tiny_models import PAD, SIZES, make_inputs, make_model
 from torch.nn import functional as F
-from transformers import DynamicCache, LlamaConfig, LlamaForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 from trl.trainer.utils import add_fused_lm_head
 
 from peft_moe import GroupedMoeConfig
@@ -495,9 +503,17 @@ def test_generation_takes_a_prompt_mask(chunk, folder):
 # -- the weights that are kept ----------------------------------------------------------------------------------------
 
 
+# transformers 5.24 takes both
+CACHE_NAMES = {"past_key_values", *inspect.signature(LlamaForCausalLM.forward).parameters} & {
+    "past_key_values",
+    "cache",
+}
+
+
+@pytest.mark.parametrize("cache_name", sorted(CACHE_NAMES))
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("arch", CAUSAL)
-def test_decoding_by_hand_keeps_to_the_prompt_that_the_cache_began_with(arch, grad, folder):
+def test_decoding_by_hand_keeps_to_the_prompt_that_the_cache_began_with(arch, grad, cache_name, folder):
     model, ids = by_prompt(arch, folder), make_inputs(arch, batch=2, seq=7)["input_ids"]
     prompt = (torch.arange(7) < 3).expand(2, 7)
     expected = logits(model, {"input_ids": ids}, prompt_mask=prompt)
@@ -505,8 +521,8 @@ def test_decoding_by_hand_keeps_to_the_prompt_that_the_cache_began_with(arch, gr
     steps, cache = [], None
     for part in [slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7)]:
         with torch.set_grad_enabled(grad):
-            outputs = model(input_ids=ids[:, part], past_key_values=cache, use_cache=True)
-        steps, cache = [*steps, outputs.logits.detach()], outputs.past_key_values
+            outputs = model(input_ids=ids[:, part], use_cache=True, **{cache_name: cache})
+        steps, cache = [*steps, outputs.logits.detach()], outputs[cache_name]
         assert torch.equal(logits(model, {"input_ids": ids.flip(0)[:, :3]}), other)  # has a prompt of its own
     close(torch.cat(steps, 1), expected)
     close(logits(model, {"input_ids": ids[:, :3]}), expected[:, :3])

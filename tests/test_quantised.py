@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset
-from helpers import adapter_gradients, logits, routed_layers
+from helpers import adapter_gradients, checkpointing, logits, routed_layers
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from quantised_helpers import BASES, CONFIGS, FORWARD_ONLY, TARGET, config_on, fix, load, quantised, save_base, told
 from tiny_models import make_inputs
@@ -179,11 +179,9 @@ def test_peft_reports_the_backend_and_all_linear_finds_quantised_layers(folder):
 @pytest.mark.parametrize("base", ["nf4", *(pytest.param(base, marks=pytest.mark.slow) for base in SOME[1:])])
 def test_both_kinds_of_checkpointing_give_the_gradients_of_none(base, kind, folder):
     gradients = []
-    for checkpointing in ({}, {"use_reentrant": True}, {"use_reentrant": False}):
-        how = {"gradient_checkpointing_kwargs": checkpointing} if checkpointing else {}
-        prepared = prepare_model_for_kbit_training(
-            load(folder, base), use_gradient_checkpointing=bool(checkpointing), **how
-        )
+    for again in ({}, {"use_reentrant": True}, {"use_reentrant": False}):
+        how = {"gradient_checkpointing_kwargs": again} if again else {}
+        prepared = prepare_model_for_kbit_training(load(folder, base), use_gradient_checkpointing=bool(again), **how)
         config = config_on(kind, folder)
         torch.manual_seed(0)
         model = get_peft_model(prepared, config).train()
@@ -210,7 +208,7 @@ def test_the_qlora_recipe_trains_the_adapter_and_nothing_else(kind, folder, tmp_
         learning_rate=1e-2,
         bf16=True,
         use_cpu=True,
-        activation_checkpointing=True,
+        **checkpointing(),
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from helpers import TASKS, adapter_gradients, config_for, logits, routed, routed_layers
+from helpers import TASKS, adapter_gradients, config_for, enable_checkpointing, logits, routed, routed_layers
 from peft import get_peft_model
 from tiny_models import VOCAB, make_inputs, make_model
 from torch.utils.checkpoint import checkpoint
@@ -422,7 +422,7 @@ def test_decoding_with_a_cache_is_the_full_forward():
 def gradients_with(name, use_reentrant, losses):
     model = routed(name, target_modules=None).train()
     if use_reentrant is not None:
-        model.get_base_model().activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        enable_checkpointing(model.get_base_model(), use_reentrant)
     losses(model).backward()
     return adapter_gradients(model)
 
@@ -463,7 +463,7 @@ def test_checkpointing_gives_the_same_gradients(name, use_reentrant, losses):
 
 def test_checkpointing_is_wrapped_once_and_unwrapped_at_the_end():
     model = routed("llama").train()
-    model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model.get_base_model())
     for _ in range(3):
         one_forward(model).backward()
     functions = [vars(m).get("_gradient_checkpointing_func") for m in model.modules()]

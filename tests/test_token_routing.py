@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import TARGETS, adapter_gradients, logits, routed_layers
+from helpers import TARGETS, adapter_gradients, logits, routed_layers, transformers_own_adapter_methods
 from peft import AutoPeftModelForCausalLM, PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import BUILDERS, FURTHER, HIDDEN, PAD, SIZES, TASK_TYPES, make_inputs, make_model
@@ -472,6 +472,7 @@ def test_a_quantised_base_trains_generates_and_saves(kind, tmp_path):
 # transformers' own adapter methods
 
 
+@transformers_own_adapter_methods
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # said of every second adapter
 @pytest.mark.parametrize("kind", MAIN)
 def test_transformers_own_adapter_methods_save_and_load_what_peft_does(kind, tmp_path):
@@ -504,6 +505,7 @@ def test_transformers_own_adapter_methods_save_and_load_what_peft_does(kind, tmp
     assert torch.equal(logits(auto, inputs), expected)
 
 
+@transformers_own_adapter_methods
 @pytest.mark.parametrize("kind", MAIN)
 def test_an_adapter_added_by_transformers_gets_its_balance_loss(kind):
     gradients = []

@@ -65,10 +65,13 @@ class BlockEntry:
             return forward(*args, **kwargs)
 
     def _checkpoints(self) -> bool:
-        """Whether the block's own forward is what checkpoints, as transformers has it."""
+        """Whether the block's own forward is what checkpoints, as transformers has it, and may run again for backward.
+
+        Without gradients, some versions of transformers call the checkpoint function, and others do not.
+        """
         name = "_gradient_checkpointing_func"
         on = getattr(self.block, "gradient_checkpointing", False) and self.block.training and name in vars(self.block)
-        if not on or torch.compiler.is_compiling():
+        if not on or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         if vars(self.block)[name] is not self._wrapped:
             self.tuner.wrap_checkpoints(self.block)

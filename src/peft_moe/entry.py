@@ -209,4 +209,5 @@ def _cache_in(outputs: Any) -> Any:
     """The cache of keys and values in what a model returns; None if there is none."""
     if isinstance(outputs, tuple):  # with return_dict=False
         return next((part for part in outputs if hasattr(part, "get_seq_length")), None)
-    return getattr(outputs, "past_key_values", None)
+    # its name since transformers 5.24, which warns of the old one
+    return outputs.cache if hasattr(outputs, "cache") else getattr(outputs, "past_key_values", None)

@@ -36,7 +36,7 @@ def for_generate(tuner: MoeTuner, model: Any, batch: Batch, arguments: Mapping[s
     Raises:
         ValueError: a `prompt_mask` that does not fit.
     """
-    context, cache = tuner.context, arguments.get("past_key_values")
+    context, cache = tuner.context, _cache_among(arguments)
     if context.open and (known := context.prompt_in(cache)) is not None:  # a draft goes on
         return {"prompt": known}
     prompt_mask = context.prompt_mask if context.open else arguments.get("prompt_mask")
@@ -66,7 +66,7 @@ def for_forward(
         ValueError: prompts cannot be told from answers, or several are packed into a row.
     """
     context = tuner.context
-    given, labels, cache = (arguments.get(name) for name in ("prompt_mask", "labels", "past_key_values"))
+    given, labels, cache = arguments.get("prompt_mask"), arguments.get("labels"), _cache_among(arguments)
     if not context.open:  # generate makes positions of its own
         refuse_packing(
             batch,
@@ -158,6 +158,12 @@ def _tokens_to_read(batch: Batch, cache: Any) -> int | None:
     # the input is all of the text or its new part only; a mask is of all of it in either case
     whole = batch.mask is None or batch.mask.shape[1] == batch.tokens
     return batch.tokens - past if whole and past < batch.tokens else batch.tokens
+
+
+def _cache_among(arguments: Mapping[str, Any]) -> Any:
+    """The cache of keys and values that a call goes on with; None if it gets none."""
+    cache = arguments.get("cache")  # its name since transformers 5.24
+    return arguments.get("past_key_values") if cache is None else cache
 
 
 def _length(cache: Any) -> int:
