@@ -233,7 +233,6 @@ def test_a_task_may_be_chosen_in_what_runs_again(run):
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch looks at it itself
 @pytest.mark.parametrize("kind", ["moelora", "at_moe"])
 def test_compiled_blocks_that_run_again_have_the_gradients_of_their_own_forward(kind):

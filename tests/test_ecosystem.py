@@ -70,6 +70,12 @@ def test_trainer_with_accumulation_and_checkpointing_is_trainer_without(tmp_path
         torch.testing.assert_close(trained[1][name], parameter, rtol=1e-4, atol=1e-6)
 
 
+def test_copies_for_several_gpus_in_one_process_are_refused_with_the_remedy():
+    """Needs GPUs to come about; this is what torch's `replicate` calls of each module."""
+    with pytest.raises(RuntimeError, match=r"DataParallel copies a model.*accelerate launch.*CUDA_VISIBLE_DEVICES=0"):
+        [module._replicate_for_data_parallel() for module in routed("llama").modules()]
+
+
 @pytest.mark.slow
 def test_an_adapter_goes_to_the_hub_and_comes_back_bit_by_bit(run_with_hub):
     done = run_with_hub(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -118,6 +118,14 @@ class MoeLinear(nn.Module, BaseTunerLayer):
                 bank.to(dtype)
         if not widen and adapter_name in self.moelora_router:
             self.moelora_router[adapter_name].to(bank.lora_A.weight.dtype)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        """What `torch.nn.DataParallel` calls, which Trainer uses where it sees several GPUs and no launcher."""
+        raise RuntimeError(
+            "torch.nn.DataParallel copies a model in every call, without what tells the copies' layers which rows they "
+            "have. For several GPUs start the script with `accelerate launch` or `torchrun`; for one, set "
+            "CUDA_VISIBLE_DEVICES=0 before it starts."
+        )
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output (..., out), and to it what the experts of the active adapters add.
