@@ -65,13 +65,16 @@ class BlockEntry:
             return forward(*args, **kwargs)
 
     def _checkpoints(self) -> bool:
-        """Whether the block's own forward is what checkpoints, as transformers has it, and may run again for backward.
+        """Whether the block's own forward is what checkpoints, and may run again for backward.
 
-        Without gradients, some versions of transformers call the checkpoint function, and others do not.
+        It is in transformers from 5.23 on, and in 5.23 without gradients too. Before, `__call__` is what checkpoints,
+        so that this forward runs inside of the checkpoint, and again with it.
         """
         name = "_gradient_checkpointing_func"
         on = getattr(self.block, "gradient_checkpointing", False) and self.block.training and name in vars(self.block)
         if not on or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if name not in type(self.block).forward.__code__.co_names:
             return False
         if vars(self.block)[name] is not self._wrapped:
             self.tuner.wrap_checkpoints(self.block)
