@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 BENCH_OUT ?= runs/bench
-TRANSFORMERS ?= 5.24.0
+TRANSFORMERS ?= 5.12.0 5.24.0
 WITH_MODELS := adapters answers balance checkpointing conformance control ecosystem grouped mixed_batches offloading \
 	prompts saving task_ids token_routing training trl
 
@@ -25,10 +25,12 @@ test-long: $(VENV)/.test-stamp  ## those that take longer: other processes, brow
 test-slow: $(VENV)/.test-stamp  ## every test
 	$(BIN)/python -m pytest -n 2 $(TEST_ARGS)
 
-test-transformers: $(VENV)/.test-stamp  ## the quick tests of whole models with another transformers than the pinned one; TRANSFORMERS=5.24.0
-	@$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/transformers-$(TRANSFORMERS) transformers==$(TRANSFORMERS)
-	PYTHONPATH=$(VENV)/transformers-$(TRANSFORMERS) $(BIN)/python -m pytest -n 2 -m "not slow and not long" \
-		$(WITH_MODELS:%=tests/test_%.py) $(TEST_ARGS)
+test-transformers: $(VENV)/.test-stamp  ## the quick tests of whole models with other versions of transformers; TRANSFORMERS="5.12.0 5.24.0"
+	@set -e; for version in $(TRANSFORMERS); do \
+		there=$(VENV)/transformers-$$version; echo "With transformers $$version"; \
+		$(BIN)/python -m pip install --quiet --upgrade --target $$there transformers==$$version; \
+		PYTHONPATH=$$there $(BIN)/python -m pytest -n 2 -m "not slow and not long" $(WITH_MODELS:%=tests/test_%.py) $(TEST_ARGS); \
+	done
 
 conformance: $(VENV)/.test-stamp  ## peft's own tests against our configs; PEFT_SRC= and PEFT_SUITE=, see docs/conformance.md
 	$(BIN)/python scripts/conformance.py $(CONFORMANCE_ARGS)

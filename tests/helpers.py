@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import peft
 import pytest
 import torch
+import transformers
 from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from tiny_models import TASK_TYPES, make_model
@@ -17,6 +18,13 @@ from peft_moe import MoeLoraConfig, kernels
 from peft_moe.layer import MoeLinear
 
 TASKS = ["icd", "rad", "def"]
+
+
+def since(version: str, before: str) -> pytest.MarkDecorator:
+    """For what transformers does only from a version on; `before` says what it did."""
+    return pytest.mark.skipif(Version(transformers.__version__) < Version(version), reason=f"transformers {before}")
+
+
 transformers_own_adapter_methods = pytest.mark.skipif(
     Version(peft.__version__) < Version(MIN_PEFT_VERSION),
     reason=f"transformers' add_adapter and load_adapter ask for peft {MIN_PEFT_VERSION}",
@@ -74,6 +82,11 @@ def logits(model: nn.Module, inputs: dict, **kwargs) -> torch.Tensor:
     """Logits without a graph."""
     with torch.no_grad():
         return model(**inputs, **kwargs).logits
+
+
+def first_logits(model: nn.Module, **arguments) -> torch.Tensor:
+    """Of the first token that is generated."""
+    return model.generate(**arguments, return_dict_in_generate=True, output_logits=True).logits[0]
 
 
 def adapter_gradients(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
-from helpers import TARGETS, TASKS, WORD, adapter_gradients, checkpointing, enable_checkpointing, routed_layers
+from helpers import TARGETS, TASKS, WORD, adapter_gradients, checkpointing, enable_checkpointing, routed_layers, since
 from peft import get_peft_model
 from tiny_models import TASK_TYPES, VOCAB, make_inputs, make_model
 from tiny_text import make_tokenizer
@@ -30,6 +30,7 @@ LOSSES = {
     "medmoe": ["variance", "cv2", "z"],
 }
 RTOL = 1e-5
+trainer_counts = since("5.15", "counted a label less in each row of an encoder-decoder model")
 
 
 @pytest.fixture(autouse=True)
@@ -255,7 +256,7 @@ def test_repeats_of_one_micro_batch_add_up_to_its_own_gradient(how, steps, kind,
     assert_same(only_routers(gradients), balance_gradients(inputs, kind=kind))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "t5", "vit"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bert", pytest.param("t5", marks=trainer_counts), "vit"])
 def test_repeats_of_one_micro_batch_add_up_in_trainer_for_every_loss_that_models_have(name, tmp_path):
     inputs = padded_inputs(name)
     gradients = train_a_step("trainer", make(name), [inputs] * 2, tmp_path)
@@ -279,7 +280,8 @@ def weighted(batches, shares, **model):
 
 
 @pytest.mark.parametrize(
-    ("how", "name"), [("trainer", "llama"), ("trainer", "gpt2"), ("trainer", "t5"), ("sft", "llama")]
+    ("how", "name"),
+    [("trainer", "llama"), ("trainer", "gpt2"), pytest.param("trainer", "t5", marks=trainer_counts), ("sft", "llama")],
 )
 def test_trainers_weigh_a_micro_batch_by_its_share_of_the_steps_label_tokens(how, name, tmp_path):
     batches, shares = uneven_batches(name)

@@ -17,6 +17,7 @@ from helpers import (
     adapter_gradients,
     checkpointing,
     enable_checkpointing,
+    first_logits,
     logits,
     routed_layers,
     transformers_own_adapter_methods,
@@ -440,8 +441,9 @@ def test_generating_for_a_left_padded_batch_is_as_each_row_alone(arch, variant, 
         row = {key: value[i : i + 1, mask] for key, value in inputs.items()}
         alone = model.generate(**row, **GREEDY, **variant)
         assert torch.equal(together[i * n : (i + 1) * n, -5:], alone[:, -5:])
+    scores = first_logits(model, **inputs, **GREEDY, **variant)
     with model.disable_adapter():  # or the comparison would say nothing about the adapter
-        assert not torch.equal(model.generate(**inputs, **GREEDY, **variant), together)
+        assert not torch.allclose(first_logits(model, **inputs, **GREEDY, **variant), scores, atol=1e-2)
 
 
 def test_an_encoder_decoder_generates_what_full_forwards_say(folder):

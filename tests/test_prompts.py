@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from grouped_helpers import answered, grouped, grouped_config, make_lora
-from helpers import logits
+from helpers import first_logits, logits, since
 from peft import get_peft_model
 from tiny_models import PAD, SIZES, make_inputs, make_model
 from torch.nn import functional as F
@@ -414,8 +414,9 @@ def test_generating_for_a_left_padded_batch_is_as_each_row_alone(arch, variant, 
         row = {key: value[i : i + 1, mask] for key, value in inputs.items()}
         alone = model.generate(**row, **GREEDY, **variant)
         assert torch.equal(together[i * n : (i + 1) * n, -5:], alone[:, -5:])
+    scores = first_logits(model, **inputs, **GREEDY, **variant)
     with model.disable_adapter():  # or the comparison would say nothing about the adapter
-        assert not torch.equal(model.generate(**inputs, **GREEDY, **variant), together)
+        assert not torch.allclose(first_logits(model, **inputs, **GREEDY, **variant), scores, atol=1e-2)
 
 
 def test_sampled_return_sequences_keep_the_weights_of_their_row(folder):
@@ -442,7 +443,10 @@ def test_a_second_generation_starts_afresh(folder):
         assert torch.equal(found[1], before[1])
 
 
-@pytest.mark.parametrize("assistant", [0, 1, None])
+LOOKUP = pytest.param(None, marks=since("5.23", "looked prompts up only with an end token"))
+
+
+@pytest.mark.parametrize("assistant", [0, 1, LOOKUP])
 def test_assisted_decoding_gives_what_greedy_decoding_gives(assistant, folder):
     """Its first forward has the prompt and candidates for the answer, which are not to be taken for prompt."""
     model = by_prompt("llama", folder)
@@ -616,7 +620,7 @@ def test_chunks_of_a_prompt_are_routed_by_what_has_been_read_of_it_and_the_answe
         assert torch.equal(ids, model.generate(**inputs, **GREEDY))
 
 
-@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("chunk", [None, pytest.param(2, marks=since("5.23", "read what is in the cache once more"))])
 @pytest.mark.parametrize("given", ["all of the text", "its new part"])
 def test_a_further_turn_is_routed_by_its_own_tokens(given, chunk, folder):
     """What is in the cache was routed when it was made."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import TARGETS, adapter_gradients, logits, routed_layers, transformers_own_adapter_methods
+from helpers import TARGETS, adapter_gradients, first_logits, logits, routed_layers, transformers_own_adapter_methods
 from peft import AutoPeftModelForCausalLM, PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import BUILDERS, FURTHER, HIDDEN, PAD, SIZES, TASK_TYPES, make_inputs, make_model
@@ -94,9 +94,9 @@ def test_generating_for_a_left_padded_batch_is_as_each_row_alone(name, kind, var
         row = {key: value[i : i + 1, kept] for key, value in inputs.items()}
         alone = model.generate(**row, **GREEDY, **variant)
         assert torch.equal(together[i * n : (i + 1) * n, -6:], alone[:, -6:])
-    # or the comparison would say nothing about the adapter
-    with model.disable_adapter():
-        assert not torch.equal(model.generate(**inputs, **GREEDY, **variant), together)
+    scores = first_logits(model, **inputs, **GREEDY, **variant)
+    with model.disable_adapter():  # or the comparison would say nothing about the adapter
+        assert not torch.allclose(first_logits(model, **inputs, **GREEDY, **variant), scores, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
