@@ -7,8 +7,8 @@
 peft does not install its tests: PEFT_SRC is a checkout, or an unpacked sdist, of the installed version. PEFT_SUITE is
 the folder of the pytest plugin that runs them with another config class. It is not published.
 
-The status is 1 if a test fails without an explanation in EXPLAINED, or an explained one passes, or stock LoRA runs a
-test that peft skips for us without a word in GATED.
+The status is 1 if a test fails without an explanation in EXPLAINED, or an explained one passes that is not in
+ON_SOME_CPUS, or stock LoRA runs a test that peft skips for us without a word in GATED.
 """
 
 import argparse
@@ -86,6 +86,8 @@ EXPLAINED: list[tuple[str, str, str]] = [
         "mixed batch are those of each adapter alone to the bit; `tests/test_mixed_batches.py` holds it.",
     ),
 ]
+# Of these, the tests that pass on some CPUs, by how they round.
+ON_SOME_CPUS = {r"^test_generate_with_mixed_adapter_batches\[.*OPTForCausalLM\]$"}
 
 # Tests that peft runs for stock LoRA and skips for us, since it asks for that class, and what holds the matter here.
 GATED = {
@@ -245,6 +247,8 @@ def find_problems(results: dict[str, Rows], *, whole: bool) -> list[str]:
         for test in gated(rows, results.get(STOCK, [])).keys() - GATED.keys():
             problems.append(f"{name}: peft skips {test} and runs it for stock LoRA; say in GATED what holds it.")
     for configs, test, why in EXPLAINED:
+        if test in ON_SOME_CPUS:
+            continue
         hit = [(name, row) for name, rows in results.items() for row in rows if explanation(name, row) == why]
         passed = [f"{name}: {row['suite']}::{row['test']}" for name, row in hit if row["outcome"] == "passed"]
         if whole and not any(is_failed(row) for _, row in hit):

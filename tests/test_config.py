@@ -451,6 +451,12 @@ def test_a_config_makes_adapters_of_models_of_different_depth():
     second = get_peft_model(of_depth(3), config)
     assert first.peft_config["default"].experts_per_layer == config.experts_per_layer == counts
     assert [len(each) for each in second.peft_config["default"].experts_per_layer.values()] == [3]
+    assert get_peft_model(make_model("llama", seed=1), config).peft_config["default"] is config
+    config.expert_schedule = [2, 1]  # for the models to come
+    third = get_peft_model(make_model("llama"), config)
+    assert list(third.peft_config["default"].experts_per_layer.values()) == [[2, 1]]
+    assert config.experts_per_layer == counts
+    config.expert_schedule = "ascending"
     second.add_adapter("again", config)
     assert second.peft_config["again"].experts_per_layer == second.peft_config["default"].experts_per_layer
 

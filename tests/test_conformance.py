@@ -619,6 +619,16 @@ def test_a_compiled_model_has_no_graph_breaks(kind):
     close(out(torch.compile(model, backend="aot_eager", fullgraph=True), MLP), expected)
 
 
+@every_kind
+def test_a_config_that_is_given_for_loading_is_the_adapters(kind, tmp_path):
+    model = adapted(kind)
+    config = model.peft_config["default"]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base_of("llama"), tmp_path, config=config)
+    assert loaded.peft_config["default"] is config
+    assert config.inference_mode
+
+
 # without a PeftModel
 
 

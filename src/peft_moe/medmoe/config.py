@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from typing import Any, ClassVar, Literal
@@ -155,11 +155,8 @@ class MedMoeLoraConfig(TokenRoutedConfig):
         lengths = {stack: length for stack, length in stacks(keys).items() if stack in of_targets}
         if self.experts_per_layer is None:
             self._is_for_one_model = True
-            self.experts_per_layer = {
-                stack: experts_per_layer(self.expert_schedule, length, self.num_experts, stack=stack or "the model")
-                for stack, length in lengths.items()
-            }
-        saved = {stack: len(counts) for stack, counts in self.experts_per_layer.items()}
+            self.experts_per_layer = self._scheduled(lengths)
+        saved = self._lengths
         if any(saved.get(stack) != length for stack, length in lengths.items()):
             raise ValueError(
                 f"experts_per_layer is for layers {saved} and the targeted ones of this model are {lengths}: the "
@@ -167,9 +164,26 @@ class MedMoeLoraConfig(TokenRoutedConfig):
                 "experts_per_layer out."
             )
 
-    def for_another_model(self) -> MedMoeLoraConfig:
-        """The config as it was given, so that it can make an adapter of another model without changing this one's."""
-        return replace(self, experts_per_layer=None) if self._is_for_one_model else self
+    @property
+    def _lengths(self) -> dict[str, int]:
+        return {stack: len(counts) for stack, counts in (self.experts_per_layer or {}).items()}
+
+    def _scheduled(self, lengths: Mapping[str, int]) -> dict[str, list[int]]:
+        return {
+            stack: experts_per_layer(self.expert_schedule, length, self.num_experts, stack=stack or "the model")
+            for stack, length in lengths.items()
+        }
+
+    def for_model(self, keys: Sequence[str]) -> MedMoeLoraConfig:
+        """This config for a model with layers like those that it was made for; else another, as this one was given.
+
+        So one config makes adapters of several models, and of each knows how many experts its layers have.
+        """
+        if not self._is_for_one_model:
+            return self
+        lengths = self._lengths
+        alike = lengths == stacks(keys) and self.experts_per_layer == self._scheduled(lengths)
+        return self if alike else replace(self, experts_per_layer=None)
 
     def routed_at(self, key: str) -> int:
         """Number of special experts of a module, beside its base experts."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..losses import localized
 from ..routing import BalanceTerm, TokenGate, TokenRouter, softmax, top_k
+from ..targets import modules_outside_adapters
 from ..token_routed import TokenRoutedTuner, matches_by_group
 from .config import MedMoeLoraConfig
 
@@ -22,7 +23,7 @@ class MedMoeLoraModel(TokenRoutedTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = cast(MedMoeLoraConfig, self.peft_config[adapter_name])
-        self.peft_config[adapter_name] = config.for_another_model()
+        self.peft_config[adapter_name] = config.for_model([key for key, _ in modules_outside_adapters(model)])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def build_router(
