@@ -212,7 +212,6 @@ def test_what_peft_has_for_lora_only_is_refused_by_name(kind, folder, tmp_path):
         model.subtract_mutated_init({}, "one")
 
 
-# of torch, where it imports its compiler
 def test_the_page_on_several_adapters_runs_as_shown(tmp_path, monkeypatch):
     """With adapters, a base model and a batch as it takes them to be there."""
     for seed, (name, tasks) in enumerate({"monday": TASKS, "tuesday": TASKS[::-1], "wednesday": TASKS}.items()):

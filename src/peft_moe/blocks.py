@@ -74,7 +74,7 @@ class BlockEntry:
         on = getattr(self.block, "gradient_checkpointing", False) and self.block.training and name in vars(self.block)
         if not on or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        if name not in type(self.block).forward.__code__.co_names:
+        if name not in type(self.block).forward.__code__.co_names:  # the name is one that the function reads
             return False
         if vars(self.block)[name] is not self._wrapped:
             self.tuner.wrap_checkpoints(self.block)
