@@ -27,7 +27,7 @@ test-slow: $(VENV)/.test-stamp  ## every test
 
 test-transformers: $(VENV)/.test-stamp  ## the quick tests of whole models with other versions of transformers; TRANSFORMERS="5.12.0 5.24.0"
 	@set -e; for version in $(TRANSFORMERS); do \
-		there=$(VENV)/transformers-$$version; echo "With transformers $$version"; \
+		there=$(abspath $(VENV))/transformers-$$version; echo "With transformers $$version"; \
 		$(BIN)/python -m pip install --quiet --upgrade --target $$there transformers==$$version; \
 		PYTHONPATH=$$there $(BIN)/python -m pytest -n 2 -m "not slow and not long" $(WITH_MODELS:%=tests/test_%.py) $(TEST_ARGS); \
 	done

@@ -22,7 +22,8 @@ TASKS = ["icd", "rad", "def"]
 
 def since(version: str, before: str) -> pytest.MarkDecorator:
     """For what transformers does only from a version on; `before` says what it did."""
-    return pytest.mark.skipif(Version(transformers.__version__) < Version(version), reason=f"transformers {before}")
+    reason = f"transformers before {version} {before}"
+    return pytest.mark.skipif(Version(transformers.__version__) < Version(version), reason=reason)
 
 
 transformers_own_adapter_methods = pytest.mark.skipif(
